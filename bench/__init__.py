@@ -1,0 +1,1 @@
+"""Micro-benchmarks, importable as fastrank.bench."""

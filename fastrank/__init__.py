@@ -1,0 +1,33 @@
+"""fastrank: fused low-rank adapter kernels, drop-in PEFT layers and a federated simulator.
+
+Importing this package is silent, asks no device anything and loads neither PEFT nor transformers;
+each public name is loaded when it is first used.
+"""
+
+import importlib
+from typing import Any
+
+from fastrank._version import __version__
+
+# public name -> module that defines it
+_LAZY = {
+    "patch": "fastrank.patching",
+    "unpatch": "fastrank.patching",
+    "PatchReport": "fastrank.patching",
+    "LowRankLinear": "fastrank.layers",
+    "Simulation": "fastrank.federated.simulation",
+}
+
+__all__ = ["LowRankLinear", "PatchReport", "Simulation", "__version__", "patch", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastrank' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
