@@ -1,0 +1,461 @@
+"""How one data set is split over clients: pure functions of labels or counts and a seed.
+
+Each returns a list with one int64 index array per client: disjoint, in range, none empty. Names and
+meaning are those of flwr-datasets (index for index those of version 0.6.1), whose classes stay
+usable through `make_partition`. "Dirichlet" is not one thing in the literature; a result should
+name the dialect, alpha, the seed and the minimum size.
+
+    parts = dirichlet_partition(labels, num_clients=100, alpha=0.1, seed=0)
+    parts[3]                                    # int64 [n_3], client 3's rows of the data set
+
+Only `numpy.random.default_rng(seed)` is drawn from, never a global generator.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastrank.errors import UsageError
+from fastrank.federated.foreign_partition import partition_by_object
+
+__all__ = [
+    "PARTITIONS",
+    "dirichlet_partition",
+    "iid_partition",
+    "make_partition",
+    "natural_partition",
+    "pathological_partition",
+    "shard_partition",
+]
+
+PARTITIONS = ("iid", "dirichlet", "pathological", "shard", "natural")
+DIALECTS = ("flower", "inner")
+ASSIGNMENT_MODES = ("random", "first-deterministic", "deterministic")
+MAX_DRAWS = 11  # flwr-datasets gives up after ten repetitions
+
+logger = logging.getLogger("fastrank")
+
+
+def iid_partition(num_examples: int, num_clients: int, seed: int) -> list[np.ndarray]:
+    """Shuffle, then cut into contiguous shares whose sizes differ by at most one.
+
+    Equal to Flower's `FederatedDataset(shuffle=True, seed=seed)` with `IidPartitioner`.
+
+    Raises:
+        UsageError: no client, or more clients than examples.
+    """
+    _check_clients(num_clients, num_examples)
+    order = _generator(seed).permutation(num_examples)
+    return _finish(np.array_split(order, num_clients))
+
+
+def dirichlet_partition(
+    labels: Any,
+    num_clients: int,
+    alpha: float,
+    seed: int,
+    min_size: int = 10,
+    balance: bool = False,
+    dialect: str = "flower",
+) -> list[np.ndarray]:
+    """Label skew by Dirichlet(alpha): small alpha, few classes per client.
+
+    Args:
+        labels: one int, bool or str label per example, `[n]`.
+        alpha: concentration, > 0.
+        min_size: every client gets at least this many examples.
+        balance: `flower` only: a client that already holds more than n / num_clients examples gets
+            nothing of the classes that follow (Flower's `self_balancing`, FederatedScope's `lda`,
+            and with `min_size=40` the split of FedIT's code up to ties).
+        dialect: `flower`: per class, shares over clients; sizes differ. `inner`: per client, shares
+            over classes; sizes fixed and equal up to one (Reddi et al. 2021, appendix C.1), and
+            a client whose classes are used up draws from whatever is left.
+
+    With `flower` the lists are those of flwr-datasets' `DirichletPartitioner(shuffle=True)`.
+
+    Raises:
+        UsageError: invalid arguments, or `min_size` not met after 11 draws.
+    """
+    codes, counts = _label_codes(labels, "dirichlet")
+    _check_clients(num_clients, len(codes))
+    _check_positive_int("min_partition_size", min_size)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise UsageError(f"alpha is {alpha!r}; give a number greater than 0")
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise UsageError(f"alpha is {alpha}; give a finite number greater than 0, such as 0.5")
+    if num_clients * min_size > len(codes):
+        raise UsageError(
+            f"{num_clients} clients with at least {min_size} examples each need "
+            f"{num_clients * min_size}, but there are {len(codes)}; "
+            "lower num_clients or min_partition_size"
+        )
+    if dialect == "flower":
+        return _outer_dirichlet(codes, counts, num_clients, alpha, seed, min_size, balance)
+    if dialect == "inner":
+        if balance:
+            raise UsageError("balance=True belongs to dialect 'flower'; 'inner' has equal sizes")
+        return _inner_dirichlet(codes, counts, num_clients, alpha, seed)
+    raise UsageError(f"unknown Dirichlet dialect {dialect!r}; choose one of {', '.join(DIALECTS)}")
+
+
+def pathological_partition(
+    labels: Any,
+    num_clients: int,
+    classes_per_client: int,
+    seed: int,
+    class_assignment_mode: str = "random",
+) -> list[np.ndarray]:
+    """Every client holds `classes_per_client` classes; the holders of a class share it equally.
+
+    Args:
+        labels: one int, bool or str label per example, `[n]`.
+        class_assignment_mode: `random` draws the classes of each client without replacement;
+            `first-deterministic` gives client i class i mod C first and draws the rest (Li et al.
+            2022); `deterministic` gives client i classes i, i+1, ... mod C.
+
+    A class that no client was given is left out, with one logged warning naming it. The lists are
+    those of flwr-datasets' `PathologicalPartitioner(shuffle=True)`.
+
+    Raises:
+        UsageError: invalid arguments, or a class with fewer examples than clients that hold it.
+    """
+    codes, counts = _label_codes(labels, "pathological")
+    _check_clients(num_clients, len(codes))
+    _check_positive_int("classes_per_client", classes_per_client)
+    if classes_per_client > len(counts):
+        raise UsageError(
+            f"classes_per_client is {classes_per_client}, but the labels have {len(counts)} "
+            f"classes; lower it to at most {len(counts)}"
+        )
+    rng = _generator(seed)
+    held = _assign_classes(rng, num_clients, len(counts), classes_per_client, class_assignment_mode)
+    parts: list[list[int]] = [[] for _ in range(num_clients)]
+    names = np.unique(np.asarray(labels))
+    for label, count in enumerate(counts):
+        holders = [client for client in range(num_clients) if label in held[client]]
+        if not holders:
+            logger.warning(
+                "pathological partition: class %s (%d examples) was given to no client and is "
+                "left out; class_assignment_mode='first-deterministic' uses every class once "
+                "there are as many clients as classes",
+                names[label],
+                count,
+            )
+            continue
+        if len(holders) > count:
+            raise UsageError(
+                f"class {names[label]} has {count} examples but {len(holders)} clients are to "
+                "hold it; lower num_clients or classes_per_client, or set "
+                "class_assignment_mode='deterministic'"
+            )
+        shares = np.array_split(np.flatnonzero(codes == label), len(holders))
+        for client, share in zip(holders, shares, strict=True):
+            parts[client].extend(share.tolist())
+    for part in parts:
+        rng.shuffle(part)
+    return _finish(parts)
+
+
+def shard_partition(
+    labels: Any,
+    num_clients: int,
+    seed: int,
+    *,
+    shards_per_client: int | None = None,
+    shard_size: int | None = None,
+    keep_incomplete_shard: bool = False,
+) -> list[np.ndarray]:
+    """Sort by label, cut into shards of equal size, deal shards to clients (McMahan et al. 2017).
+
+    Args:
+        labels: one int, bool or str label per example, `[n]`.
+        shards_per_client: shards of each client. Without it, every complete shard of `shard_size`
+            is dealt and the first clients get one more.
+        shard_size: examples in a shard. Without it, n // (num_clients * shards_per_client).
+        keep_incomplete_shard: whether a shorter last shard takes part. No effect when both
+            `shards_per_client` and `shard_size` are given.
+
+    Examples that fill no shard are left out. The lists are those of flwr-datasets'
+    `ShardPartitioner(shuffle=True)`.
+
+    Raises:
+        UsageError: invalid arguments, or fewer shards than the clients need.
+    """
+    codes, _ = _label_codes(labels, "shard")
+    num_examples = len(codes)
+    _check_clients(num_clients, num_examples)
+    if shards_per_client is None and shard_size is None:
+        raise UsageError("partition 'shard' needs shards_per_client or shard_size; give one")
+    whole_only = not keep_incomplete_shard
+    if shard_size is not None:
+        _check_positive_int("shard_size", shard_size)
+    if shards_per_client is not None:
+        _check_positive_int("shards_per_client", shards_per_client)
+        wanted = num_clients * shards_per_client
+        if shard_size is None:
+            shard_size = num_examples // wanted
+        else:
+            whole_only = True
+        if shard_size * wanted > num_examples or shard_size == 0:
+            raise UsageError(
+                f"{num_clients} clients with {shards_per_client} shards of {max(shard_size, 1)} "
+                f"examples each need {wanted * max(shard_size, 1)}, but there are {num_examples}; "
+                "lower num_clients, shards_per_client or shard_size"
+            )
+    usable = num_examples // shard_size if whole_only else -(-num_examples // shard_size)
+    if shards_per_client is None:
+        wanted = usable
+    if usable < num_clients:
+        raise UsageError(
+            f"{num_examples} examples give {usable} shards of {shard_size}, fewer than the "
+            f"{num_clients} clients; lower shard_size or num_clients"
+        )
+    per_client = np.full(num_clients, wanted // num_clients)
+    per_client[: wanted % num_clients] += 1
+
+    rng = _generator(seed)
+    by_label = np.argsort(codes, kind="stable")
+    dealt = np.split(rng.permutation(usable)[:wanted], np.cumsum(per_client)[:-1])
+    parts = []
+    for shards in dealt:
+        rows = [row for s in shards for row in by_label[s * shard_size : (s + 1) * shard_size]]
+        rng.shuffle(rows)
+        parts.append(rows)
+    return _finish(parts)
+
+
+def natural_partition(groups: Any, num_clients: int | None = None) -> list[np.ndarray]:
+    """One client per distinct value of a column (author, user, package), in sorted order.
+
+    Args:
+        groups: one int, bool or str group id per example, `[n]`.
+        num_clients: None for one client per group. A smaller number puts neighbours of the sorted
+            order together, never splitting a group (Flower's `GroupedNaturalIdPartitioner`, mode
+            "allow-bigger"). A larger number is refused.
+
+    Raises:
+        UsageError: no groups, or fewer groups than clients.
+    """
+    if groups is None:
+        raise UsageError(
+            "partition 'natural' needs a group column and the data set names none; "
+            "set the group column, or choose --partition iid"
+        )
+    codes, counts = _codes(groups, "groups")
+    if num_clients is None:
+        num_clients = len(counts)
+    _check_positive_int("num_clients", num_clients)
+    if num_clients > len(counts):
+        raise UsageError(
+            f"num_clients is {num_clients}, but the group column has {len(counts)} distinct "
+            f"values; lower num_clients to at most {len(counts)}"
+        )
+    by_group = np.argsort(codes, kind="stable")
+    last = [chunk[-1] for chunk in np.array_split(np.arange(len(counts)), num_clients)]
+    return _finish(np.split(by_group, np.cumsum(counts)[last][:-1]))
+
+
+def make_partition(
+    name: Any,
+    *,
+    num_examples: int,
+    num_clients: int | None,
+    seed: int,
+    labels: Any = None,
+    groups: Any = None,
+    alpha: float = 0.5,
+    min_partition_size: int = 10,
+    balance: bool = False,
+    dialect: str = "flower",
+    classes_per_client: int = 2,
+    class_assignment_mode: str = "random",
+    shards_per_client: int | None = 2,
+    shard_size: int | None = None,
+    keep_incomplete_shard: bool = False,
+) -> list[np.ndarray]:
+    """The partition called `name`, or the one an object brings; options of other names are unused.
+
+    Args:
+        name: one of `PARTITIONS`, or an object with `num_partitions` and `load_partition(i)`, where
+            `load_partition` returns row numbers (list, array or tensor of integers) or a data set
+            with an integer column `index`. A flwr-datasets partitioner that has no data set yet is
+            given one with the columns `index`, `label` and `group`: write `partition_by="label"`.
+        num_examples: rows of the training set; labels and groups, where given, have as many.
+        num_clients: may be None for `natural` and for an object, which know it themselves.
+
+    Raises:
+        UsageError: whatever is wrong, before any training.
+    """
+    _check_positive_int("the number of training examples", num_examples)
+    for column, values in (("labels", labels), ("groups", groups)):
+        if values is not None and len(values) != num_examples:
+            raise UsageError(f"{len(values)} {column} for {num_examples} examples; give one each")
+    if not isinstance(name, str):
+        return partition_by_object(name, num_examples, num_clients, labels, groups)
+    if name not in PARTITIONS:
+        raise UsageError(f"unknown partition {name!r}; choose one of {', '.join(PARTITIONS)}")
+    if name == "natural":
+        return natural_partition(groups, num_clients)
+    if num_clients is None:
+        raise UsageError(f"partition {name!r} needs num_clients; only 'natural' finds it itself")
+    if name == "iid":
+        return iid_partition(num_examples, num_clients, seed)
+    if name == "dirichlet":
+        return dirichlet_partition(
+            labels, num_clients, alpha, seed, min_partition_size, balance, dialect
+        )
+    if name == "pathological":
+        return pathological_partition(
+            labels, num_clients, classes_per_client, seed, class_assignment_mode
+        )
+    return shard_partition(
+        labels,
+        num_clients,
+        seed,
+        shards_per_client=shards_per_client,
+        shard_size=shard_size,
+        keep_incomplete_shard=keep_incomplete_shard,
+    )
+
+
+def _outer_dirichlet(
+    codes: np.ndarray,
+    counts: np.ndarray,
+    num_clients: int,
+    alpha: float,
+    seed: int,
+    min_size: int,
+    balance: bool,
+) -> list[np.ndarray]:
+    """Per class, shares over clients; everything is redrawn while a client is too small."""
+    rng = _generator(seed)
+    rows_of = [np.flatnonzero(codes == label) for label in range(len(counts))]
+    concentration = np.full(num_clients, float(alpha))
+    smallest = 0
+    for _ in range(MAX_DRAWS):
+        parts: list[list[int]] = [[] for _ in range(num_clients)]
+        for rows in rows_of:
+            shares = rng.dirichlet(concentration)
+            if not abs(shares.sum() - 1.0) < 1e-6:
+                raise UsageError(f"alpha is {alpha}, too large to draw shares from; lower it")
+            if balance:
+                full = np.array([len(part) for part in parts]) > len(codes) / num_clients
+                shares[full] = 0.0
+                # tiny alpha: all the mass may sit on full clients, and 0 / 0 would follow
+                shares = shares / sum(shares) if shares.any() else (~full) / (~full).sum()
+            cuts = (np.cumsum(shares) * len(rows)).astype(int)[:-1]
+            for part, piece in zip(parts, np.split(rows, cuts), strict=True):
+                part.extend(piece.tolist())
+        drawn = min(len(part) for part in parts)
+        if drawn >= min_size:
+            for part in parts:
+                rng.shuffle(part)
+            return _finish(parts)
+        smallest = max(smallest, drawn)
+    raise UsageError(
+        f"Dirichlet split with alpha={alpha} over {num_clients} clients: in {MAX_DRAWS} draws the "
+        f"smallest client never got more than {smallest} of {len(codes)} examples, and "
+        f"min_partition_size is {min_size}; raise alpha, or lower num_clients or min_partition_size"
+    )
+
+
+def _inner_dirichlet(
+    codes: np.ndarray, counts: np.ndarray, num_clients: int, alpha: float, seed: int
+) -> list[np.ndarray]:
+    """Per client, shares over classes; clients take one example at a time, in mixed turns."""
+    rng = _generator(seed)
+    num_examples, num_classes = len(codes), len(counts)
+    priors = rng.dirichlet(np.full(num_classes, float(alpha)), size=num_clients)
+    if not np.allclose(priors.sum(axis=1), 1.0):
+        raise UsageError(f"alpha is {alpha}, too large to draw shares from; lower it")
+    pools = [rng.permutation(np.flatnonzero(codes == k)).tolist() for k in range(num_classes)]
+    sizes = [len(share) for share in np.array_split(np.arange(num_examples), num_clients)]
+    turns = rng.permutation(np.repeat(np.arange(num_clients), sizes))
+    draws = rng.random(num_examples)
+    cumulative = np.cumsum(priors, axis=1)
+    parts: list[list[int]] = [[] for _ in range(num_clients)]
+    for client, draw in zip(turns.tolist(), draws.tolist(), strict=True):
+        row = cumulative[client]
+        label = int(np.searchsorted(row, draw * row[-1], side="right"))
+        parts[client].append(pools[label].pop())
+        if not pools[label] and any(pools):
+            priors[:, label] = 0.0
+            # a client all of whose classes are used up draws from what is left, by its amount
+            left = np.array([len(pool) for pool in pools], dtype=float)
+            priors[~priors.any(axis=1)] = left / left.sum()
+            cumulative = np.cumsum(priors, axis=1)
+    return _finish(parts)
+
+
+def _assign_classes(
+    rng: np.random.Generator, num_clients: int, num_classes: int, per_client: int, mode: str
+) -> list[set[int]]:
+    """The classes of each client, drawn in the order in which flwr-datasets draws them."""
+    if mode == "deterministic":
+        return [{(i + j) % num_classes for j in range(per_client)} for i in range(num_clients)]
+    if mode == "random":
+        return [
+            set(rng.choice(num_classes, size=per_client, replace=False).tolist())
+            for _ in range(num_clients)
+        ]
+    if mode == "first-deterministic":
+        held = [{i % num_classes} for i in range(num_clients)]
+        for classes in held:
+            while len(classes) < per_client:
+                classes.add(int(rng.choice(num_classes, size=1)[0]))
+        return held
+    raise UsageError(
+        f"unknown class_assignment_mode {mode!r}; choose one of {', '.join(ASSIGNMENT_MODES)}"
+    )
+
+
+def _label_codes(labels: Any, partition: str) -> tuple[np.ndarray, np.ndarray]:
+    if labels is None:
+        raise UsageError(
+            f"partition {partition!r} needs one label per example and this task has none "
+            "(causal language modelling, for one); choose --partition iid, or natural with a group "
+            "column"
+        )
+    return _codes(labels, "labels")
+
+
+def _codes(values: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values as 0..C-1 in sorted order `[n]`, and how often each occurs `[C]`."""
+    array = np.asarray(values)
+    if array.ndim != 1 or array.size == 0:
+        raise UsageError(
+            f"{what} have shape {list(array.shape)}; give a non-empty list, one entry per example"
+        )
+    if array.dtype.kind not in "biuU":
+        raise UsageError(f"{what} have dtype {array.dtype}; give integers or strings, none missing")
+    _, codes, counts = np.unique(array, return_inverse=True, return_counts=True)
+    return codes, counts
+
+
+def _check_clients(num_clients: int, num_examples: int) -> None:
+    _check_positive_int("num_clients", num_clients)
+    if num_clients > num_examples:
+        raise UsageError(
+            f"num_clients is {num_clients}, but there are only {num_examples} training examples; "
+            f"lower num_clients to at most {num_examples}"
+        )
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise UsageError(f"{name} is {value!r}; give a whole number of at least 1")
+
+
+def _generator(seed: int) -> np.random.Generator:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise UsageError(f"seed is {seed!r}; give a whole number of at least 0")
+    return np.random.default_rng(seed)
+
+
+def _finish(parts: Sequence[Any]) -> list[np.ndarray]:
+    arrays = [np.asarray(part, dtype=np.int64) for part in parts]
+    assert all(len(array) for array in arrays)  # each function has refused its empty clients
+    return arrays
