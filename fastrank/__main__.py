@@ -1,0 +1,7 @@
+"""``python -m fastrank`` is the command line."""
+
+import sys
+
+from fastrank.cli import main
+
+sys.exit(main())

@@ -1,0 +1,225 @@
+"""The command line: ``fastrank simulate | resume | info``.
+
+Exit status: 0 done, 1 a failure inside (with its traceback), 2 bad input (one line), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fastrank._version import __version__
+from fastrank.errors import UsageError
+
+_SIMULATE = """\
+Federated fine-tuning of a transformers model, simulated on this machine.
+
+Without options it fine-tunes a small encoder that ships with fastrank on English docstrings of 20
+Python packages, by federated LoRA (fedit). Nothing is downloaded.
+
+examples:
+  fastrank simulate --num-rounds 5
+  fastrank simulate --method fedavg --partition dirichlet --alpha 0.1 --output-dir runs/hard
+  fastrank simulate --model distilbert-base-uncased --dataset reviews.csv --label-column stars
+  fastrank simulate --config run.toml --set r=16 --set learning_rate=1e-3
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        arguments = _parser(sys.argv[1:] if argv is None else argv)
+        return arguments.run(arguments)
+    except UsageError as error:
+        print(f"fastrank: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="fastrank", description="Fused low-rank adapters and federated fine-tuning."
+    )
+    parser.add_argument("--version", action="version", version=f"fastrank {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    simulate = commands.add_parser(
+        "simulate",
+        help="federated fine-tuning, simulated on this machine",
+        usage="fastrank simulate [OPTIONS]",
+        description=_SIMULATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    simulate.set_defaults(run=_simulate)
+    if argv and argv[0] == "simulate":  # the options need the federated package; others don't
+        _add_options(simulate)
+
+    resume = commands.add_parser(
+        "resume",
+        help="go on with an interrupted run",
+        description="Go on after the last whole checkpoint of RUN_DIR; the result has the same "
+        "bits as an uninterrupted run.",
+    )
+    resume.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder")
+    resume.set_defaults(run=_resume)
+
+    info = commands.add_parser(
+        "info",
+        help="versions, devices, and what works on this machine",
+        description="Versions, devices, the backend chosen, and what works here and what doesn't.",
+    )
+    info.set_defaults(run=_info)
+    return parser.parse_args(argv)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    from fastrank.federated.config import Config, method_options
+    from fastrank.federated.methods import METHODS
+
+    sources = parser.add_argument_group("where options come from (later ones win)")
+    sources.add_argument("--config", metavar="FILE.toml", help="options from a TOML file")
+    sources.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        dest="assignments",
+        help="any option of the run or the method, after file and flags; may be repeated",
+    )
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(Config):
+        title = f.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups[title], f, f.metadata["help"])
+    seen: dict[str, list[str]] = {}
+    fields: dict[str, tuple[dataclasses.Field, str]] = {}
+    for name, cls in METHODS.items():
+        for key, f in method_options(cls).items():
+            seen.setdefault(key, []).append(name)
+            fields.setdefault(key, (f, _attribute_help(cls, key)))
+    group = parser.add_argument_group("method options")
+    for key, (f, text) in fields.items():
+        if len(seen[key]) < len(METHODS):
+            text += f" [{', '.join(seen[key])}]"
+        _add_flag(group, f, text)
+
+
+def _add_flag(group: Any, f: dataclasses.Field, text: str) -> None:
+    """Values stay strings here: ``resolve`` checks them the same way whatever their source."""
+    flag = "--" + f.name.replace("_", "-")
+    text = text.replace("%", "%%")
+    if isinstance(f.default, bool):
+        text += f" (default {'on' if f.default else 'off'})"
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, dest=f.name, help=text)
+        return
+    if f.default is not None:
+        text += f" (default {f.default})"
+    kind = str(f.type).split(" ")[0]
+    metavar = {"int": "N", "float": "X"}.get(kind, f.name.split("_")[-1].upper())
+    if "choices" in f.metadata:
+        metavar = "{" + ",".join(f.metadata["choices"]) + "}"
+    group.add_argument(flag, dest=f.name, metavar=metavar, help=text)
+
+
+def _attribute_help(cls: type, name: str) -> str:
+    """An option's line in the Attributes section of the class that defines it."""
+    for owner in cls.__mro__:
+        found = re.search(
+            rf"^    {name}: (.+?)(?=^    \w+: |^    ?$|\Z)",
+            (owner.__doc__ or "").split("Attributes:\n")[-1].replace("        ", "    "),
+            re.MULTILINE | re.DOTALL,
+        )
+        if found:
+            return " ".join(found.group(1).split()).rstrip(".")
+    raise AssertionError(f"{cls.__name__} does not document its option {name}")
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from fastrank.federated.config import read_assignment, read_toml, resolve
+    from fastrank.federated.simulation import Simulation
+
+    given = vars(arguments)
+    flags = {k: v for k, v in given.items() if k not in ("run", "command", "config", "assignments")}
+    file = read_toml(given["config"]) if "config" in given else {}
+    assigned = dict(read_assignment(text) for text in given.get("assignments", []))
+    config, method = resolve(file, flags, assigned)
+    report = _report()
+    _print_options(report.console, config, method)
+    simulation = Simulation(config, method, callbacks=[report])
+    return _until_interrupted(simulation.run, str(simulation.output_dir))
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from fastrank.federated.simulation import Simulation
+
+    report = _report()
+    return _until_interrupted(
+        lambda: Simulation.resume(arguments.run_dir, callbacks=[report]), arguments.run_dir
+    )
+
+
+def _until_interrupted(work: Any, folder: str) -> int:
+    from pathlib import Path
+
+    try:
+        work()
+    except KeyboardInterrupt:
+        if (Path(folder) / "config.json").exists():
+            print(f"\ninterrupted; go on with: fastrank resume {folder}", file=sys.stderr)
+        else:
+            print("\ninterrupted before the first round; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _report() -> Any:
+    from fastrank.federated.callbacks import ConsoleReport
+
+    return ConsoleReport()
+
+
+def _print_options(console: Any, config: Any, method: Any) -> None:
+    """Every resolved option, grouped, those that differ from their default in bold."""
+    from rich.table import Table
+
+    groups: dict[str, list[tuple[str, Any, bool]]] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        groups.setdefault(f.metadata["group"], []).append((f.name, value, value != f.default))
+    for f in dataclasses.fields(method):
+        value = getattr(method, f.name)
+        changed = value != getattr(type(method)(), f.name)
+        groups["method"].append((f.name, value, changed))
+    console.print(f"[bold]fastrank {__version__}[/bold]")
+    table = Table.grid(padding=(0, 2))
+    for title, entries in groups.items():
+        cells = []
+        for name, value, changed in entries:
+            shown = "-" if value is None else ",".join(value) if isinstance(value, tuple) else value
+            text = f"{name}={shown}"
+            cells.append(f"[bold]{text}[/bold]" if changed else text)
+        table.add_row(f"[dim]{title}[/dim]", "  ".join(cells))
+    console.print(table)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from fastrank.info import print_info
+
+    print_info()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

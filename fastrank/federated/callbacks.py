@@ -1,0 +1,148 @@
+"""What a person sees of a run: a table of rounds with progress bars, or plain lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from fastrank.federated.simulation import Simulation
+
+
+class Callback:
+    """Hooks of the round loop; subclass and pass to ``Simulation(callbacks=[...])``."""
+
+    def on_stage(self, text: str) -> None:
+        """A longer step begins (loading, partitioning, evaluating)."""
+
+    def on_start(self, simulation: Simulation, rounds_done: int) -> None:
+        """Everything is loaded; rounds begin after ``rounds_done`` finished ones."""
+
+    def on_round_start(self, round: int, cohort: list[int]) -> None:
+        """A round begins (counted from 1)."""
+
+    def on_client(self, client: int) -> None:
+        """A client has finished its local work."""
+
+    def on_round_end(self, row: dict[str, Any]) -> None:
+        """A round is finished and in the ledger."""
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """The run is finished and its results are written."""
+
+    def close(self) -> None:
+        """Always called last, after errors and Ctrl-C too."""
+
+
+_WIDTHS = {"round": 9, "train loss": 11, "eval loss": 10, "accuracy": 9, "clients": 8,
+           "up": 10, "down": 10, "seconds": 8}  # fmt: skip
+
+
+class ConsoleReport(Callback):
+    """Rows of the table as rounds finish; bars below them on a terminal, none elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.bars: Progress | None = None
+
+    def on_stage(self, text: str) -> None:
+        self.console.print(f"[dim]{text}[/dim]")
+
+    def on_start(self, simulation: Simulation, rounds_done: int) -> None:
+        self.total_rounds = simulation.config.num_rounds
+        self.console.print()
+        self.console.print(
+            "[bold]" + "".join(name.rjust(width) for name, width in _WIDTHS.items()) + "[/bold]"
+        )
+        if not self.console.is_terminal:
+            return
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.rounds_bar = self.bars.add_task("rounds ", total=self.total_rounds)
+        self.bars.update(self.rounds_bar, completed=rounds_done)
+        self.clients_bar = self.bars.add_task("clients", total=1)
+        self.bars.start()
+
+    def on_round_start(self, round: int, cohort: list[int]) -> None:
+        if self.bars:
+            self.bars.reset(self.clients_bar, total=len(cohort))
+
+    def on_client(self, client: int) -> None:
+        if self.bars:
+            self.bars.advance(self.clients_bar)
+
+    def on_round_end(self, row: dict[str, Any]) -> None:
+        cells = (
+            f"{row['round']}/{self.total_rounds}",
+            _number(row["train_loss"]),
+            _number(row["eval_loss"]),
+            _percent(row["accuracy"]),
+            f"{row['clients']}" + (f"-{row['dropped']}" if row["dropped"] else ""),
+            size(row["bytes_up"]),
+            size(row["bytes_down"]),
+            f"{row['seconds']:.1f}",
+        )
+        line = "".join(
+            cell.rjust(width) for cell, width in zip(cells, _WIDTHS.values(), strict=True)
+        )
+        self.console.print(line)
+        if self.bars:
+            self.bars.advance(self.rounds_bar)
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        self.close()
+        say = self.console.print
+        say()
+        start, final = summary["initial_accuracy"], summary["accuracy"]
+        say(
+            f"accuracy   [bold]{_percent(final)}[/bold] on {summary['eval_examples']:,} held-out "
+            f"{summary['eval_unit']}, from {_percent(start)} at the start"
+            + (f" (chance {_percent(summary['chance'])})" if summary["chance"] else "")
+        )
+        if summary["accuracy_without_adapters"] is not None:
+            without = summary["accuracy_without_adapters"]
+            say(
+                f"adapters   {_percent(without)} with the trained adapters zeroed: they contribute "
+                f"{100 * (final - without):.1f} points"
+            )
+        say(
+            f"bytes      {size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down "
+            f"(task head: {size(summary['head_up'])} up, {size(summary['head_down'])} down)"
+        )
+        say(f"trained    {summary['trainable_params']:,} of {summary['total_params']:,} parameters")
+        if summary["dropped"]:
+            say(f"dropped    {summary['dropped']} updates; see the warnings above")
+        say(f"results    {summary['result']}")
+        say(f"           {summary['output_dir']}/rounds.csv, summary.json, config.json"
+            + (", curve.png" if summary["curve"] else ""))  # fmt: skip
+
+    def close(self) -> None:
+        if self.bars:
+            self.bars.stop()
+            self.bars = None
+
+
+def size(count: int) -> str:
+    """Bytes for people: decimal units, three digits."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

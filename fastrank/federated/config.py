@@ -1,0 +1,237 @@
+"""A run's configuration: one frozen dataclass, filled from defaults, a TOML file, flags and --set.
+
+Method options (``r``, ``lora_alpha``, ...) live in the method's own dataclass; the four sources
+accept them side by side with the fields below, and ``resolve`` sorts them out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastrank.errors import UsageError
+from fastrank.federated.methods import METHODS, Method, find_method, make_method
+
+PARTITIONS = ("iid", "dirichlet", "pathological", "shard", "natural")
+
+
+def option(default: Any, group: str, help: str, **checks: Any) -> Any:
+    """A field with what the command line and the checks need to know about it."""
+    return field(default=default, metadata={"group": group, "help": help, **checks})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a simulation; ``fastrank simulate --help`` lists them with their meaning."""
+
+    # fmt: off
+    method: str = option("fedit", "method", f"federated method: {', '.join(METHODS)}")
+    model: str = option("embedded", "model", "'embedded' (a small encoder that ships with fastrank), a local folder or a hub name")
+    device: str = option("auto", "model", "auto (CUDA if there is one), cpu, cuda or cuda:N")
+    dtype: str = option("float32", "model", "dtype the model is held in", choices=("float32", "bfloat16", "float16"))
+
+    dataset: str = option("embedded", "data", "'embedded' (docstrings of 20 Python packages), a .csv/.jsonl/.json/.parquet path or a hub name")
+    test_dataset: str | None = option(None, "data", "file or hub split to evaluate on; without it part of the data set is held out")
+    task: str | None = option(None, "data", "seq-cls or causal-lm; by default what the columns allow", choices=("seq-cls", "causal-lm"))
+    split: str = option("text", "data", "embedded data: hold out single texts, or whole files (harder)", choices=("text", "file"))
+    test_fraction: float = option(0.2, "data", "share held out where a file brings no test set", above=0, below=1)
+    text_column: str | None = option(None, "data", "column of the text")
+    label_column: str | None = option(None, "data", "column of the label")
+    prompt_column: str | None = option(None, "data", "column of the prompt (instructions)")
+    response_column: str | None = option(None, "data", "column of the response, on which alone the loss is taken")
+    messages_column: str | None = option(None, "data", "column of chat messages")
+    group_column: str | None = option(None, "data", "column of natural client ids, for --partition natural")
+    max_examples: int | None = option(None, "data", "use only this many training examples", minimum=1)
+    max_length: int = option(64, "data", "tokens an example is cut to", minimum=2)
+
+    num_clients: int | None = option(None, "federation", "clients there are; default 20, or as many as --group-column has (natural)", minimum=1)
+    clients_per_round: int = option(5, "federation", "clients that train in each round", minimum=1)
+    num_rounds: int = option(10, "federation", "rounds", minimum=1)
+    partition: str = option("dirichlet", "federation", "how data is spread over clients", choices=PARTITIONS)
+    alpha: float = option(1.0, "federation", "Dirichlet concentration: 0.1 is very uneven, 100 nearly even", above=0)
+    min_partition_size: int = option(1, "federation", "fewest examples a client may have (Dirichlet)", minimum=1)
+    dialect: str = option("flower", "federation", "Dirichlet per class over clients (flower) or per client over classes (inner)", choices=("flower", "inner"))
+    balance: bool = option(False, "federation", "Dirichlet: give no more to a client that has its share")
+    classes_per_client: int = option(2, "federation", "classes a client has (pathological)", minimum=1)
+    class_assignment_mode: str = option("random", "federation", "how classes are dealt (pathological)", choices=("random", "deterministic", "first-deterministic"))
+    shards_per_client: int | None = option(2, "federation", "shards of the label-sorted data a client has (shard); none with --shard-size", minimum=1)
+    shard_size: int | None = option(None, "federation", "examples a shard has (shard)", minimum=1)
+    keep_incomplete_shard: bool = option(False, "federation", "deal the last, shorter shard too (shard)")
+
+    local_epochs: int = option(1, "local training", "passes over a client's data each round", minimum=1)
+    local_steps: int | None = option(None, "local training", "optimizer steps each round, instead of epochs", minimum=1)
+    per_device_train_batch_size: int = option(16, "local training", "examples a step", minimum=1)
+    group_by_length: bool = option(True, "local training", "form batches of texts of like length")
+    optimizer: str = option("adamw", "local training", "client optimizer, fresh each round", choices=("adamw", "sgd"))
+    weight_decay: float = option(0.0, "local training", "AdamW's decoupled decay (SGD: L2)", minimum=0)
+    max_grad_norm: float = option(1.0, "local training", "gradients are clipped to this norm", above=0)
+    base_dropout: bool = option(False, "local training", "leave the base model's own dropout on")
+
+    seed: int = option(0, "run", "decides cohorts, batches, first values and every mask", minimum=0)
+    executor: str = option("auto", "run", "how clients are run", choices=("auto", "sequential"))
+    charge_initial: bool = option(False, "run", "count the first downlink although the seed tells it")
+    drop_nonfinite: bool = option(True, "run", "drop updates that hold NaN or Inf")
+    per_device_eval_batch_size: int = option(64, "run", "examples a step when evaluating", minimum=1)
+    eval_every: int = option(1, "run", "rounds between evaluations; the last is always evaluated", minimum=1)
+    max_eval_examples: int | None = option(None, "run", "evaluate rounds on a fixed sample of this size; start and end always use all", minimum=1)
+    checkpoint_every: int = option(1, "run", "rounds between checkpoints", minimum=1)
+    keep_checkpoints: int = option(2, "run", "newest checkpoints kept", minimum=1)
+    num_threads: int | None = option(None, "run", "CPU threads (results are bit-identical for the same number); default: torch's own choice", minimum=1)
+    output_dir: str | None = option(None, "run", "where results go; default runs/METHOD-DATE-TIME")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _checked(Config, f, getattr(self, f.name)))
+        if self.num_clients is None and self.partition != "natural":
+            object.__setattr__(self, "num_clients", 20)
+        if self.num_clients is not None and self.clients_per_round > self.num_clients:
+            raise UsageError(
+                f"clients_per_round is {self.clients_per_round} but there are only "
+                f"{self.num_clients} clients; lower it or raise num_clients"
+            )
+
+
+def resolve(*sources: Mapping[str, Any]) -> tuple[Config, Method]:
+    """Merge option sources, later ones winning, into a configuration and its method.
+
+    Raises:
+        UsageError: an unknown option, or a value of the wrong type or out of range.
+    """
+    merged: dict[str, Any] = {}
+    for source in sources:
+        merged.update(source)
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    general = {key: value for key, value in merged.items() if key in fields}
+    config = Config(**general)
+    method_class = find_method(config.method)
+    method_fields = method_options(method_class)
+    chosen = {}
+    for key, value in merged.items():
+        if key in fields:
+            continue
+        if key in method_fields:
+            chosen[key] = _checked(method_class, method_fields[key], value)
+            continue
+        elsewhere = [name for name, cls in METHODS.items() if key in method_options(cls)]
+        if elsewhere:
+            raise UsageError(
+                f"method {config.method} has no option {key!r} ({', '.join(elsewhere)} has); its "
+                f"options are {', '.join(sorted(method_fields))}"
+            )
+        near = difflib.get_close_matches(key, [*fields, *method_fields], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; see fastrank simulate --help"
+        raise UsageError(f"there is no option {key!r}{hint}")
+    return config, make_method(config.method, chosen)
+
+
+def method_options(cls: type[Method]) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(cls)}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Options from a TOML file; tables only group, their names mean nothing.
+
+    Raises:
+        UsageError: no such file, or a line TOML can't read (its number is in the message).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"config: cannot read {str(path)!r}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"config: {str(path)!r} is not valid TOML: {error}") from error
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        items = value.items() if isinstance(value, dict) else [(key, value)]
+        for name, entry in items:
+            name = name.replace("-", "_")
+            if name in flat:
+                raise UsageError(f"config: {str(path)!r} sets {name!r} twice")
+            flat[name] = entry
+    return flat
+
+
+def read_assignment(text: str) -> tuple[str, Any]:
+    """``key=value`` of a --set, the value in TOML syntax or a bare string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set takes key=value, got {text!r}")
+    return key.strip().replace("-", "_"), value.strip()
+
+
+def _checked(owner: type, f: dataclasses.Field, value: Any) -> Any:
+    """The value in the field's type and range, or a UsageError that says what was wanted."""
+    value = _coerce(f.name, _kinds(owner, f.name), value)
+    meta = f.metadata
+    if value is None:
+        return None
+    if "choices" in meta and value not in meta["choices"]:
+        near = difflib.get_close_matches(str(value), meta["choices"], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UsageError(
+            f"{f.name} must be one of {', '.join(meta['choices'])}; got {value!r}{hint}"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{f.name} must be finite, got {value}")
+    if "minimum" in meta and value < meta["minimum"]:
+        raise UsageError(f"{f.name} must be at least {meta['minimum']}, got {value}")
+    if "above" in meta and value <= meta["above"]:
+        raise UsageError(f"{f.name} must be above {meta['above']}, got {value}")
+    if "below" in meta and value >= meta["below"]:
+        raise UsageError(f"{f.name} must be below {meta['below']}, got {value}")
+    return value
+
+
+def _coerce(name: str, kinds: list[type], value: Any) -> Any:
+    if value is None or (type(None) in kinds and value in ("none", "None", "")):
+        if type(None) in kinds:
+            return None
+        raise UsageError(f"{name} needs a value, got none")
+    for kind in kinds:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                return value.lower() == "true"
+        elif kind is int and not isinstance(value, bool):
+            if isinstance(value, int):
+                return value
+            if isinstance(value, str) and value.strip().lstrip("+-").replace("_", "").isdigit():
+                return int(value)
+        elif kind is float and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                continue
+        elif kind is tuple:
+            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+                return tuple(value)
+            if isinstance(value, str) and ("," in value or str not in kinds):
+                return tuple(part.strip() for part in value.strip("[]").split(",") if part.strip())
+        elif kind is str and isinstance(value, (str, Path)):
+            return str(value)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string",
+             tuple: "a list of strings", type(None): "none"}  # fmt: skip
+    wanted = " or ".join(names[k] for k in kinds)
+    raise UsageError(f"{name} must be {wanted}, got {value!r}")
+
+
+@functools.cache
+def _kinds(owner: type, name: str) -> list[type]:
+    """Plain types of a field, those that parse most strictly first."""
+    hint = typing.get_type_hints(owner)[name]
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = {typing.get_origin(part) or part for part in parts}
+    order = [bool, int, float, tuple, str, type(None)]
+    return [kind for kind in order if kind in plain]

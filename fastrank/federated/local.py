@@ -1,0 +1,152 @@
+"""What happens on a client, a few optimizer steps on its own examples; and how a model is judged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrank.federated.cohort import derive_seed, make_batches
+from fastrank.federated.methods.base import LocalPlan, LocalResult
+
+if TYPE_CHECKING:
+    from fastrank.data import Encoded
+    from fastrank.federated.model import ResidentModel
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """How clients train, the same for every method; see ``Config`` for the meaning of each."""
+
+    seed: int = 0
+    batch_size: int = 16
+    epochs: int = 1
+    max_steps: int | None = None
+    group_by_length: bool = True
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    base_dropout: bool = False
+
+
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of one client's batch, in fp32.
+
+    Args:
+        logits: `[B, C]` for classification, `[B, T, V]` for a causal language model.
+        labels: `[B]`, or `[B, T]` aligned with the input (-100: not a target).
+    """
+    if logits.dim() == 3:
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100)
+
+
+def train_client(
+    model: ResidentModel,
+    plan: LocalPlan,
+    examples: Encoded,
+    indices: np.ndarray,
+    client: int,
+    round: int,
+    options: LocalOptions,
+) -> LocalResult:
+    """Train the resident model from its present values; torch's global generator is left as it was.
+
+    Args:
+        examples: the whole training set; ``indices`` are this client's positions in it.
+
+    A loss that is not finite is not an error here: the values travel on and the server drops them.
+    """
+    model.load(plan.start)
+    parameters = model.parameters(plan.trainable)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    optimizer = make_optimizer(parameters, plan, options)
+    batches = make_batches(
+        examples.lengths[indices],
+        options.batch_size,
+        seed=options.seed,
+        round=round,
+        client=client,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        group_by_length=options.group_by_length,
+    )
+    model.set_training(base_dropout=options.base_dropout)
+    total, seen = 0.0, 0
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for step, batch_indices in enumerate(batches):
+                torch.manual_seed(derive_seed("step", options.seed, round, client, step))
+                batch = model.collate(examples, indices[batch_indices])
+                loss = task_loss(model.logits(batch), batch["labels"])
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                total += float(loss.detach()) * len(batch_indices)
+                seen += len(batch_indices)
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        model.model.eval()
+    return LocalResult(
+        client=client,
+        round=round,
+        tensors=model.read(plan.trainable),
+        num_examples=len(indices),
+        num_steps=len(batches),
+        train_loss=total / max(seen, 1),
+    )
+
+
+def make_optimizer(
+    parameters: dict[str, torch.nn.Parameter], plan: LocalPlan, options: LocalOptions
+) -> torch.optim.Optimizer:
+    """A fresh optimizer with one group per learning rate."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(plan.learning_rates[name], []).append(parameter)
+    listed = [{"params": members, "lr": rate} for rate, members in groups.items()]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(listed, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(listed, weight_decay=options.weight_decay, fused=True)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: ResidentModel, examples: Encoded, batch_size: int, limit: int | None = None
+) -> dict[str, float]:
+    """Loss and accuracy of the model as it stands.
+
+    Accuracy is the share of examples classified right, or of target tokens predicted right. With
+    ``limit`` a fixed sample of that many examples is used.
+
+    Returns:
+        ``loss`` (mean over examples or target tokens), ``accuracy``, ``count``.
+    """
+    order = np.arange(len(examples.lengths))
+    if limit is not None and limit < len(order):
+        order = np.sort(np.random.default_rng(0).permutation(len(order))[:limit])
+    order = order[np.argsort(examples.lengths[order], kind="stable")]
+    loss_sum, right, count = 0.0, 0, 0
+    for start in range(0, len(order), batch_size):
+        batch = model.collate(examples, order[start : start + batch_size])
+        logits, labels = model.logits(batch), batch["labels"]
+        if logits.dim() == 3:
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        keep = labels != -100
+        logits, labels = logits[keep].float(), labels[keep]
+        loss_sum += float(F.cross_entropy(logits, labels, reduction="sum"))
+        right += int((logits.argmax(-1) == labels).sum())
+        count += int(labels.numel())
+    if count == 0:
+        return {"loss": math.nan, "accuracy": math.nan, "count": 0}
+    return {"loss": loss_sum / count, "accuracy": right / count, "count": count}

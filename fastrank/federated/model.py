@@ -1,0 +1,332 @@
+"""The one model a process holds: loaded once, trained in place client after client.
+
+Methods speak to it in verbs (add_lora, read, load), executors run it, and the run directory is
+exported from it. Tensors that leave it are fp32 copies on the CPU, named as the model names its
+parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrank.errors import UsageError
+from fastrank.federated.cohort import derive_seed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastrank.data import Encoded, TextData
+
+_log = logging.getLogger("fastrank")
+
+# classifier heads under the names transformers gives them, for checkpoints that bring their own
+_HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head")
+
+
+class ResidentModel:
+    """A transformers model, its tokenizer and its task, with LoRA attached at most once.
+
+    Attributes:
+        model: the transformers model, or the PeftModel around it after ``add_lora``.
+        tokenizer: the tokenizer its inputs were made with.
+        task: "seq-cls" or "causal-lm".
+        head_modules: top-level modules that are the (newly initialised) task head.
+        device: where it lives.
+        report: the ``PatchReport`` of ``add_lora``, None before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        task: str,
+        head_modules: tuple[str, ...],
+        device: torch.device,
+        base_changed: bool = False,
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.tokenizer = tokenizer
+        self.task = task
+        self.head_modules = head_modules
+        self.device = device
+        self.base_changed = base_changed
+        self.report = None
+        self._head = [
+            name for name, _ in model.named_parameters() if name.split(".")[0] in head_modules
+        ]
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    # -- shape -----------------------------------------------------------------------------------
+
+    def add_lora(
+        self,
+        *,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        target_modules: str | Iterable[str] = "all-linear",
+        seed: int = 0,
+    ) -> None:
+        """Attach PEFT LoRA adapters and put fastrank's fused layers under them.
+
+        A ~ kaiming_uniform(sqrt 5) drawn from (seed, module index) and B = 0, so that every client
+        and every run with this seed starts from the same adapters.
+        """
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        from fastrank.patching import patch
+
+        targets = self._target_modules(target_modules)
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS if self.task == "seq-cls" else TaskType.CAUSAL_LM,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=targets,
+            modules_to_save=list(self.head_modules) or None,
+        )
+        head = set(self._head)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws its own A; ours replaces it below
+            self.model = get_peft_model(self.model, config).eval()
+        self.report = patch(self.model)
+        # the head is now PEFT's trainable copy; the original stays behind as original_module
+        self._head = [
+            name
+            for name, _ in self.model.named_parameters()
+            if ".modules_to_save." in name
+            and name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            in head
+        ]
+        factors = [(name, p) for name, p in self.model.named_parameters() if ".lora_A." in name]
+        for index, (_, parameter) in enumerate(sorted(factors)):
+            generator = torch.Generator().manual_seed(derive_seed("init", seed, index))
+            bound = (1.0 / parameter.shape[1]) ** 0.5  # kaiming_uniform with a = sqrt(5)
+            drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(drawn)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+
+    def _target_modules(self, wanted: str | Iterable[str]) -> list[str]:
+        """Names PEFT matches by their ending: the shortest that select exactly the wanted set."""
+        from transformers.pytorch_utils import Conv1D
+
+        linears = [
+            name for name, m in self.model.named_modules() if isinstance(m, (nn.Linear, Conv1D))
+        ]
+        if wanted == "all-linear":
+            # the repeated blocks are in a ModuleList, so their names hold a number: poolers, heads
+            # and output embeddings don't
+            chosen = [n for n in linears if any(part.isdigit() for part in n.split("."))]
+            if not chosen:
+                raise UsageError(
+                    f"target_modules='all-linear' found no linear layer inside the blocks of "
+                    f"{type(self.model).__name__}; name the modules to adapt with target_modules"
+                )
+            for depth in (1, 2, 3):
+                ends = sorted({".".join(n.split(".")[-depth:]) for n in chosen})
+                hit = [n for n in linears if any(n == e or n.endswith("." + e) for e in ends)]
+                if hit == chosen:
+                    return ends
+            return chosen
+        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        for name in names:
+            if not any(n == name or n.endswith("." + name) for n in linears):
+                known = sorted({n.split(".")[-1] for n in linears})
+                raise UsageError(
+                    f"target_modules: no linear layer of {type(self.model).__name__} is named "
+                    f"{name!r}; its linear layers end in {', '.join(known)}"
+                )
+        return sorted(names)
+
+    # -- values ----------------------------------------------------------------------------------
+
+    def lora_names(self) -> list[str]:
+        """Names of all LoRA factors, in the model's order."""
+        return [n for n, _ in self.model.named_parameters() if ".lora_A." in n or ".lora_B." in n]
+
+    def adapted_modules(self) -> list[str]:
+        """Names of the modules that carry adapters."""
+        return [n.split(".lora_A.")[0] for n in self.lora_names() if ".lora_A." in n]
+
+    def head_names(self) -> list[str]:
+        """Names of the task head's parameters."""
+        return list(self._head)
+
+    def base_names(self) -> list[str]:
+        """Names of every parameter outside the task head."""
+        head = set(self._head)
+        return [n for n, _ in self.model.named_parameters() if n not in head]
+
+    def parameters(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """The live parameters of these names."""
+        known = dict(self.model.named_parameters())
+        return {name: known[name] for name in names}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """fp32 copies on the CPU."""
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in self.parameters(names).items()
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write values into the live parameters, cast to their dtype."""
+        for name, parameter in self.parameters(tensors).items():
+            parameter.copy_(tensors[name])
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def collate(self, examples: Encoded, indices: np.ndarray) -> dict[str, Tensor]:
+        """A padded batch on the model's device."""
+        from fastrank.data import collate
+
+        batch = collate(examples, indices, self.tokenizer.pad_token_id)
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Forward without labels: losses are formed by the caller, per client."""
+        return self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits
+
+    def set_training(self, *, base_dropout: bool) -> None:
+        """Training mode: adapters' dropout always, the base model's own only if asked for."""
+        self.model.train(base_dropout)
+        if not base_dropout:
+            for name, module in self.model.named_modules():
+                if ".lora_dropout" in name or name.endswith("lora_dropout"):
+                    module.train()
+                elif hasattr(module, "lora_dropout"):
+                    module.training = True  # the fused layer asks its own flag
+
+    # -- results ---------------------------------------------------------------------------------
+
+    def export(self, folder: Path) -> Path:
+        """Write the model under ``folder``: ``adapter/`` for LoRA, else ``model/``; its path."""
+        from fastrank.federated.export import save_adapter, save_model
+
+        if self.report is not None:
+            return save_adapter(self, folder)
+        return save_model(self, folder / "model")
+
+
+def load_resident(
+    name: str,
+    data: TextData,
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    max_length: int = 2,
+) -> ResidentModel:
+    """Load a model and tokenizer for a data set.
+
+    Args:
+        name: "embedded", a local folder or a hub name.
+        data: decides the task and, for classification, the head's size and label names.
+        seed: seeds a newly initialised head.
+        max_length: tokens of the longest example, checked against the model's positions.
+
+    Raises:
+        UsageError: the model can't be found or read, or doesn't fit the task.
+    """
+    import transformers
+
+    from fastrank.data import encoder_path, prepare_tokenizer
+
+    path = str(encoder_path()) if name == "embedded" else name
+    if (
+        name != "embedded"
+        and not os.path.isdir(path)
+        and (path.startswith((".", "/", "~")) or path.count("/") > 1)
+    ):
+        raise UsageError(
+            f"model: no folder {path!r}; give a local folder, a hub name or 'embedded'"
+        )
+    auto = (
+        transformers.AutoModelForSequenceClassification
+        if data.task == "seq-cls"
+        else transformers.AutoModelForCausalLM
+    )
+    overrides: dict[str, Any] = {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        tokenizer = prepare_tokenizer(transformers.AutoTokenizer.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"model {name!r} could not be loaded ({reason}); give a local folder with config.json, "
+            "tokenizer and weights, a hub name that this machine can reach, or 'embedded'"
+        ) from error
+    positions = getattr(config, "max_position_embeddings", None) or max_length
+    if max_length > positions:
+        raise UsageError(
+            f"max_length is {max_length} but model {name!r} has {positions} positions; lower it"
+        )
+    if data.task == "seq-cls":
+        labels = dict(enumerate(data.label_names))
+        if config.id2label != labels:
+            overrides = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+            for key, value in overrides.items():
+                setattr(config, key, value)
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+            overrides["pad_token_id"] = tokenizer.pad_token_id
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet_transformers():
+            torch.manual_seed(derive_seed("init", seed))  # the head's first values
+            model, info = auto.from_pretrained(
+                path, config=config, dtype=dtype, output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"model {name!r} does not load as {auto.__name__} ({reason}); choose a model made for "
+            f"{'classification' if data.task == 'seq-cls' else 'causal language modelling'}"
+        ) from error
+    head = _head_modules(model, data.task, info["missing_keys"])
+    return ResidentModel(model, tokenizer, data.task, head, device, base_changed=bool(overrides))
+
+
+def _head_modules(model: nn.Module, task: str, missing: Iterable[str]) -> tuple[str, ...]:
+    """The task head: modules the checkpoint lacked, else those with a classifier's usual names."""
+    if task != "seq-cls":
+        return ()
+    children = [name for name, _ in model.named_children()]
+    base = getattr(model, "base_model_prefix", "")
+    new = {key.split(".")[0] for key in missing} - {base}
+    head = tuple(c for c in children if c in new) or tuple(c for c in children if c in _HEAD_NAMES)
+    if not head:
+        raise UsageError(
+            f"{type(model).__name__} has no classification head that fastrank knows: its modules "
+            f"are {', '.join(children)}, wanted one of {', '.join(_HEAD_NAMES)}"
+        )
+    return head
+
+
+class _quiet_transformers:
+    """Keep 'newly initialised' tables off the terminal: a new head is what was asked for."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self.level = hf_logging.get_verbosity()
+        self.bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity(self.level)
+        if self.bars:
+            hf_logging.enable_progress_bar()
