@@ -13,7 +13,9 @@ _PURPOSE = {"cohort": 1, "batch": 2, "init": 3, "step": 4}
 
 def derive_seed(purpose: str, *ids: int) -> int:
     """A 63-bit seed that depends on a purpose and non-negative integers such as (seed, round)."""
-    state = np.random.SeedSequence([_PURPOSE[purpose], *ids]).generate_state(1, np.uint64)
+    # SeedSequence pads with zeros, so (1,) and (1, 0) would be one stream without the length
+    entropy = [_PURPOSE[purpose], len(ids), *ids]
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 

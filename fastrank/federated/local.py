@@ -1,4 +1,4 @@
-"""What happens on a client, a few optimizer steps on its own examples; and how a model is judged."""
+"""What happens on a client, a few steps on its own examples, and how a model is judged."""
 
 from __future__ import annotations
 
