@@ -143,16 +143,18 @@ def backward(
     branch: Branch,
     aux: Aux,
     needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Add the branch's share to dx `[M, K]` in place; return dA, dB and de where needed.
+    dx_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dA, dB and de; None where not needed.
 
     Args:
         dy: `[M, N]`.
-        dx: the base's share, or zeros; needed if needs[0].
+        dx: the base's share `[M, K]`, to which the branch's is added in place; None for no base.
         x: `[M, K]`; needed for dA.
         S: from forward_; needed for dB, and for de where neither dA nor dB is asked for.
         keep: from forward_.
         needs: which of dx, dA, dB, de are wanted.
+        dx_dtype: of a dx that is made here.
     """
     need_dx, need_dA, need_dB, need_de = needs
     wide, t = _wide(dy.dtype if x is None else x.dtype), branch.trained
@@ -163,6 +165,9 @@ def backward(
     from_rows = need_de and not (need_dA or need_dB)
     need_U = need_dx or need_dA or from_rows
 
+    add = dx is not None
+    if need_dx and not add:
+        dx = torch.empty(dy.shape[0], A.shape[1], dtype=dx_dtype, device=dy.device)
     G = torch.zeros(B.shape[0], t, dtype=wide, device=dy.device) if need_dB else None
     H = torch.zeros(t, A.shape[1], dtype=wide, device=dy.device) if need_dA else None
     de = torch.zeros(t, dtype=wide, device=dy.device) if need_de else None
@@ -183,7 +188,7 @@ def backward(
             H.addmm_(U[:, :t].t(), x_block, alpha=factor)
         if need_dx:
             V = U if c is None else U.mul_(c)
-            _add_dx(dx[block], V, A, None if keep is None else keep[block], factor, t)
+            _write_dx(dx[block], V, A, None if keep is None else keep[block], factor, t, add)
 
     if need_de and need_dB:
         de = (B[:, :t] * G).sum(0)
@@ -193,6 +198,7 @@ def backward(
         G = None if G is None else G.mul_(c[:t])
         H = None if H is None else H.mul_(c[:t, None])
     return (
+        dx,
         _gradient(needs[1], H, 0, raw_A, branch, aux),
         _gradient(needs[2], G, 1, raw_B, branch, aux),
         _gradient(needs[3], de, 0, e, branch, aux),
@@ -209,17 +215,23 @@ def _gradient(
     return _scatter(grad, dim, like, branch, aux)
 
 
-def _add_dx(
-    dx: Tensor, V: Tensor, A: Tensor, keep: Tensor | None, factor: float, trained: int
+def _write_dx(
+    dx: Tensor,
+    V: Tensor,
+    A: Tensor,
+    keep: Tensor | None,
+    factor: float,
+    trained: int,
+    add: bool,
 ) -> None:
-    """dx += D∘(V_t A_t) + V_f A_f for one block of rows."""
-    if keep is None:
-        if dx.dtype == V.dtype:
-            dx.addmm_(V, A)
-        else:
-            dx.add_(V @ A)
+    """dx (+)= D∘(V_t A_t) + V_f A_f for one block of rows."""
+    if keep is None and dx.dtype == V.dtype:
+        torch.addmm(dx, V, A, beta=int(add), out=dx)
         return
-    share = (V[:, :trained] @ A[:trained]).mul_(keep).mul_(factor)
-    if trained < V.shape[1]:
-        share.addmm_(V[:, trained:], A[trained:])
-    dx.add_(share)
+    if keep is None:
+        share = V @ A
+    else:
+        share = (V[:, :trained] @ A[:trained]).mul_(keep).mul_(factor)
+        if trained < V.shape[1]:
+            share.addmm_(V[:, trained:], A[trained:])
+    dx.add_(share) if add else dx.copy_(share)

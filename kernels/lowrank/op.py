@@ -2,20 +2,16 @@
 
 Eager calls go through one autograd.Function, compiled and dispatch-mode calls (selective
 checkpointing, fake tensors) through the registered ops `fastrank::lowrank_linear` and
-`fastrank::lowrank_add`. Both run the same two functions, _forward and _backward.
+`fastrank::lowrank_add`. Both run core.forward and core.backward.
 """
 
-from contextlib import nullcontext
-from types import ModuleType
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastrank.kernels.common import choose_backend
-from fastrank.kernels.lowrank import addmm, reference
+from fastrank.kernels.lowrank import reference
 from fastrank.kernels.lowrank.arguments import (
     Aux,
     Branch,
@@ -23,8 +19,8 @@ from fastrank.kernels.lowrank.arguments import (
     check_masks,
     check_options,
     check_tensors,
-    resolve_masks,
 )
+from fastrank.kernels.lowrank.core import backward, forward, operands, prepare
 
 
 def lowrank_linear(
@@ -105,10 +101,10 @@ def lowrank_linear(
         return torch.ops.fastrank.lowrank_linear(
             x, weight, bias, A, B, e, mask, prefix, trainable, seed, row_ids, *options
         )[0]
-    branch, aux = _prepare(A, active, trainable, seed, row_ids, *options)
+    branch, aux = prepare(A, active, trainable, seed, row_ids, *options)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, A, B, e):
         return _LowRank.apply(x, weight, bias, A, B, e, None, branch, aux)
-    return _forward(None, *_operands(x, weight, bias, branch), A, B, e, branch, aux)[0].view(
+    return forward(None, *operands(x, weight, bias, branch), A, B, e, branch, aux)[0].view(
         *x.shape[:-1], B.shape[0]
     )
 
@@ -148,7 +144,8 @@ def lowrank_add(
     check_masks(active, trainable, A.shape[0])
     if inplace and y.is_leaf and y.requires_grad:
         raise ValueError("y is a leaf that requires grad; pass inplace=False")
-    if inplace and y._is_view():
+    # under compile the op is functional and y.copy_ follows, which is right for views too
+    if inplace and not torch.compiler.is_compiling() and y._is_view():
         raise ValueError("y is a view; pass inplace=False, or y.clone()")
     autocast = _autocast_dtype(x)
     backend = choose_backend(backend, x.device, autocast or x.dtype)
@@ -177,11 +174,11 @@ def lowrank_add(
             y, x, A, B, e, mask, prefix, trainable, seed, row_ids, *options
         )[0]
         return y.copy_(out) if inplace else out
-    branch, aux = _prepare(A, active, trainable, seed, row_ids, *options)
+    branch, aux = prepare(A, active, trainable, seed, row_ids, *options)
     y = y if inplace else y.clone(memory_format=torch.contiguous_format)
     if torch.is_grad_enabled() and _any_requires_grad(y, x, A, B, e):
         return _LowRank.apply(x, None, None, A, B, e, y, branch, aux)
-    _forward(y, *_operands(x, None, None, branch), A, B, e, branch, aux)
+    forward(y, *operands(x, None, None, branch), A, B, e, branch, aux)
     return y
 
 
@@ -205,9 +202,16 @@ def _split_active(active: Tensor | int | None) -> tuple[Tensor | None, int | Non
     return (None, active) if isinstance(active, int) else (active, None)
 
 
-def _prepare(
+@torch.library.custom_op("fastrank::lowrank_linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     A: Tensor,
-    active: Tensor | int | None,
+    B: Tensor,
+    e: Tensor | None,
+    active: Tensor | None,
+    prefix: int | None,
     trainable: Tensor | None,
     seed: Tensor | None,
     row_ids: Tensor | None,
@@ -216,112 +220,183 @@ def _prepare(
     backend: str,
     autocast: torch.dtype | None,
     precision: str,
-) -> tuple[Branch, Aux]:
-    kept, trained, index, active, trainable = resolve_masks(active, trainable, A.shape[0], A.device)
-    branch = Branch(scale, dropout_p, kept, trained, backend, autocast, precision)
-    return branch, Aux(seed, row_ids, index, active, trainable)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, S, kept elements); the last two only serve the backward."""
+    active = active if prefix is None else prefix
+    branch, aux = prepare(
+        A, active, trainable, seed, row_ids, scale, dropout_p, backend, autocast, precision
+    )
+    y, S, keep = forward(None, *operands(x, weight, bias, branch), A, B, e, branch, aux)
+    return y.view(*x.shape[:-1], B.shape[0]), *_fixed_shapes(S, keep, x, A, branch)
 
 
-def _implementation(backend: str) -> ModuleType:
-    if backend == "torch":
-        return addmm
-    # imported on first use: nobody without a GPU pays for loading Triton
-    from fastrank.kernels.lowrank import fused
-
-    return fused
-
-
-def _no_autocast(device: torch.device):
-    """Casts are explicit in here; autocast would round fp32 intermediates."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def _operands(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, branch: Branch
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x as (M, K), and all three in the dtype that F.linear would compute in."""
-    x = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    if branch.autocast is None:
-        return x, weight, bias
-    cast = [
-        t if t is None or t.dtype == torch.float64 else t.to(branch.autocast)
-        for t in (x, weight, bias)
-    ]
-    return cast[0], cast[1], cast[2]
+@torch.library.custom_op("fastrank::lowrank_add", mutates_args=())
+def _add_op(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    e: Tensor | None,
+    active: Tensor | None,
+    prefix: int | None,
+    trainable: Tensor | None,
+    seed: Tensor | None,
+    row_ids: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+    autocast: torch.dtype | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y + branch, S, kept elements); the last two only serve the backward."""
+    active = active if prefix is None else prefix
+    branch, aux = prepare(
+        A, active, trainable, seed, row_ids, scale, dropout_p, backend, autocast, precision
+    )
+    y = y.clone(memory_format=torch.contiguous_format)
+    y, S, keep = forward(y, *operands(x, None, None, branch), A, B, e, branch, aux)
+    return y, *_fixed_shapes(S, keep, x, A, branch)
 
 
-def _forward(
-    y: Tensor | None,
+@torch.library.custom_op("fastrank::lowrank_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
     e: Tensor | None,
-    branch: Branch,
-    aux: Aux,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Base and branch on 2-D operands: y (M, N), S (M, kept) fp32, kept elements of dropout.
+    S: Tensor,
+    keep: Tensor,
+    active: Tensor | None,
+    prefix: int | None,
+    trainable: Tensor | None,
+    seed: Tensor | None,
+    row_ids: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+    autocast: torch.dtype | None,
+    precision: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, weight, bias, A, B and e; empty where not needed."""
+    active = active if prefix is None else prefix
+    branch, aux = prepare(
+        A, active, trainable, seed, row_ids, scale, dropout_p, backend, autocast, precision
+    )
+    x_flat, weight_cast, _ = operands(x, weight, None, branch)
+    masked = backend == "torch" and dropout_p > 0.0 and branch.trained > 0
+    grads = backward(
+        dy,
+        x_flat,
+        weight_cast,
+        A,
+        B,
+        e,
+        S[:, : branch.kept],
+        keep if masked else None,
+        branch,
+        aux,
+        tuple(needs),
+        x.dtype,
+    )
+    return [
+        dy.new_empty(0) if grad is None else grad.to(like.dtype).view(like.shape)
+        for grad, like in zip(grads, (x, weight, bias, A, B, e), strict=True)
+    ]
 
-    With y given the base is y, written in place (any number of dimensions).
-    """
-    with _no_autocast(x.device):
-        out = F.linear(x, weight, bias) if y is None else y
-        if x.shape[0] == 0 or branch.kept == 0:
-            return out, None, None
-        flat = out.reshape(-1, B.shape[0])  # a copy where y has odd strides
-        S, keep = _implementation(branch.backend).forward_(flat, x, A, B, e, branch, aux)
-        if y is not None and not y.is_contiguous():
-            y.copy_(flat.view(y.shape))
-    return out, S, keep
+
+def _keeps_mask(backend: str, dropout_p: float) -> bool:
+    return backend == "torch" and dropout_p > 0.0
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    e: Tensor | None,
-    S: Tensor | None,
-    keep: Tensor | None,
-    branch: Branch,
-    aux: Aux,
-    needs: tuple[bool, bool, bool, bool, bool, bool],
-    dx_dtype: torch.dtype,
-) -> list[Tensor | None]:
-    """Gradients of x (M, K), weight, bias, A, B, e; None where not needed.
+def _fixed_shapes(
+    S: Tensor | None, keep: Tensor | None, x: Tensor, A: Tensor, branch: Branch
+) -> tuple[Tensor, Tensor]:
+    """S as (M, R) and the mask as (M, K) or (0,): shapes that a trace knows without the masks."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = x.numel() // x.shape[-1]
+    if S is None or S.shape[1] < A.shape[0]:
+        padded = x.new_zeros(rows, A.shape[0], dtype=wide)
+        if S is not None:
+            padded[:, : S.shape[1]] = S
+        S = padded
+    if keep is None:
+        shape = (rows, x.shape[-1]) if _keeps_mask(branch.backend, branch.dropout_p) else (0,)
+        keep = x.new_empty(shape, dtype=torch.bool)
+    return S, keep
 
-    dy has any strides; x and weight are as _operands made them, and x may be None where nothing
-    needs it.
-    """
-    need_x, need_weight, need_bias, need_A, need_B, need_e = needs
-    dy = dy.reshape(-1, B.shape[0])
-    if 0 in dy.stride() and dy.numel() > 1:
-        dy = dy.contiguous()  # what .sum() sends back; vendor products would copy it each time
-    grads: list[Tensor | None] = [None] * 6
-    with _no_autocast(dy.device):
-        if need_x and weight is not None:
-            grads[0] = dy @ weight
-        elif need_x:
-            grads[0] = torch.zeros(dy.shape[0], A.shape[1], dtype=dx_dtype, device=dy.device)
-        if need_weight:
-            grads[1] = dy.t() @ x
-        if need_bias:
-            grads[2] = dy.sum(0)
-        if dy.shape[0] == 0 or branch.kept == 0:
-            for place, needed, tensor in ((3, need_A, A), (4, need_B, B), (5, need_e, e)):
-                if needed:
-                    grads[place] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=dy.device)
-        elif need_x or need_A or need_B or need_e:
-            grads[3:] = _implementation(branch.backend).backward(
-                dy, grads[0], x, A, B, e, S, keep, branch, aux, (need_x, need_A, need_B, need_e)
-            )
-        if need_x:
-            grads[0] = grads[0].to(dx_dtype)
-    return grads
+
+@_linear_op.register_fake
+def _(x, weight, bias, A, B, e, *options):
+    dropout_p, backend, autocast = options[6], options[7], options[8]
+    y = x.new_empty((*x.shape[:-1], B.shape[0]), dtype=autocast or x.dtype)
+    return y, *_fake_saved(x, A, dropout_p, backend)
+
+
+@_add_op.register_fake
+def _(y, x, A, B, e, *options):
+    return y.new_empty(y.shape), *_fake_saved(x, A, options[6], options[7])
+
+
+@_backward_op.register_fake
+def _(dy, x, weight, bias, A, B, e, *options):
+    needs = options[-1]
+    return [
+        like.new_empty(like.shape) if needed else dy.new_empty(0)
+        for needed, like in zip(needs, (x, weight, bias, A, B, e), strict=True)
+    ]
+
+
+def _fake_saved(x, A, dropout_p, backend):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = x.numel() // x.shape[-1]
+    shape = (rows, x.shape[-1]) if _keeps_mask(backend, dropout_p) else (0,)
+    return x.new_empty((rows, A.shape[0]), dtype=wide), x.new_empty(shape, dtype=torch.bool)
+
+
+def _setup_linear(ctx, inputs, output):
+    x, weight, bias, A, B, e, active, prefix, trainable, seed, row_ids, *plain = inputs
+    _, S, keep = output
+    ctx.save_for_backward(x, weight, bias, A, B, e, S, keep, active, trainable, seed, row_ids)
+    ctx.prefix, ctx.plain = prefix, plain
+    ctx.set_materialize_grads(False)
+
+
+def _setup_add(ctx, inputs, output):
+    _, x, A, B, e, active, prefix, trainable, seed, row_ids, *plain = inputs
+    _, S, keep = output
+    ctx.save_for_backward(x, None, None, A, B, e, S, keep, active, trainable, seed, row_ids)
+    ctx.prefix, ctx.plain = prefix, plain
+    ctx.set_materialize_grads(False)
+
+
+def _op_grads(ctx, dy, needs):
+    """Gradients of x, weight, bias, A, B, e through the registered backward."""
+    if dy is None:
+        return [None] * 6
+    x, weight, bias, A, B, e, S, keep, active, trainable, seed, row_ids = ctx.saved_tensors
+    grads = _backward_op(
+        dy, x, weight, bias, A, B, e, S, keep,
+        active, ctx.prefix, trainable, seed, row_ids, *ctx.plain, list(needs),
+    )  # fmt: skip
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+
+
+def _linear_op_backward(ctx, dy, dS, dkeep):
+    return (*_op_grads(ctx, dy, ctx.needs_input_grad[:6]), *[None] * 10)
+
+
+def _add_op_backward(ctx, dy, dS, dkeep):
+    _, need_x, need_A, need_B, need_e = ctx.needs_input_grad[:5]
+    dx, _, _, dA, dB, de = _op_grads(ctx, dy, (need_x, False, False, need_A, need_B, need_e))
+    return (dy if ctx.needs_input_grad[0] else None, dx, dA, dB, de, *[None] * 10)
+
+
+_linear_op.register_autograd(_linear_op_backward, setup_context=_setup_linear)
+_add_op.register_autograd(_add_op_backward, setup_context=_setup_add)
 
 
 class _LowRank(torch.autograd.Function):
@@ -329,8 +404,8 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, e, y, branch: Branch, aux: Aux):
-        x_flat, weight_cast, bias_cast = _operands(x, weight, bias, branch)
-        out, S, keep = _forward(y, x_flat, weight_cast, bias_cast, A, B, e, branch, aux)
+        x_flat, weight_cast, bias_cast = operands(x, weight, bias, branch)
+        out, S, keep = forward(y, x_flat, weight_cast, bias_cast, A, B, e, branch, aux)
 
         need_x, need_weight, _, need_A, need_B, need_e, _ = ctx.needs_input_grad[:7]
         works = branch.kept > 0
@@ -362,7 +437,7 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, A, B, e, S, keep, *aux = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
-        dx, dweight, dbias, dA, dB, de = _backward(
+        dx, dweight, dbias, dA, dB, de = backward(
             dy, x, weight, A, B, e, S, keep, ctx.branch, Aux(*aux), needs, ctx.x_dtype
         )
         dx = None if dx is None else dx.view(ctx.x_shape)
