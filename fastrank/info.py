@@ -58,8 +58,8 @@ def _kernels() -> str:
 
     from fastrank.kernels.common import choose_backend
 
-    chosen = choose_backend("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen == "triton":
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if choose_backend("auto", device, torch.float32) == "triton":
         return "fused Triton kernels"
     return "plain-torch path (Triton kernels need a CUDA or ROCm device)"
 

@@ -63,6 +63,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     }
     files = {
         "state.safetensors": _dump(checkpoint.state.tensors),
+        "server.safetensors": _dump(checkpoint.state.server),
         "clients.safetensors": _dump(clients),
     }
     meta = {
@@ -133,7 +134,12 @@ def _load(path: Path) -> Checkpoint:
     for key, tensor in tensors["clients.safetensors"].items():
         client, name = key.split("/", 1)
         clients.setdefault(int(client), {})[name] = tensor
-    state = ServerState(tensors["state.safetensors"], tuple(meta["head"]), meta["extra"])
+    state = ServerState(
+        tensors=tensors["state.safetensors"],
+        head=tuple(meta["head"]),
+        server=tensors["server.safetensors"],
+        extra=meta["extra"],
+    )
     return Checkpoint(meta["rounds_done"], state, clients, meta["rows"], meta["facts"])
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrank.errors import UsageError
-from fastrank.federated.methods import METHODS, Method, find_method, make_method
+from fastrank.federated.methods import METHODS, Method, find_method
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "shard", "natural")
 
@@ -101,8 +101,12 @@ class Config:
             )
 
 
-def resolve(*sources: Mapping[str, Any]) -> tuple[Config, Method]:
+def resolve(
+    *sources: Mapping[str, Any], method: type[Method] | None = None
+) -> tuple[Config, Method]:
     """Merge option sources, later ones winning, into a configuration and its method.
+
+    ``method`` is the class of a method that is not registered under its name.
 
     Raises:
         UsageError: an unknown option, or a value of the wrong type or out of range.
@@ -113,7 +117,7 @@ def resolve(*sources: Mapping[str, Any]) -> tuple[Config, Method]:
     fields = {f.name: f for f in dataclasses.fields(Config)}
     general = {key: value for key, value in merged.items() if key in fields}
     config = Config(**general)
-    method_class = find_method(config.method)
+    method_class = method or find_method(config.method)
     method_fields = method_options(method_class)
     chosen = {}
     for key, value in merged.items():
@@ -131,7 +135,7 @@ def resolve(*sources: Mapping[str, Any]) -> tuple[Config, Method]:
         near = difflib.get_close_matches(key, [*fields, *method_fields], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "; see fastrank simulate --help"
         raise UsageError(f"there is no option {key!r}{hint}")
-    return config, make_method(config.method, chosen)
+    return config, method_class(**chosen)
 
 
 def method_options(cls: type[Method]) -> dict[str, dataclasses.Field]:

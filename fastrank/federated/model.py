@@ -203,10 +203,8 @@ class ResidentModel:
         self.model.train(base_dropout)
         if not base_dropout:
             for name, module in self.model.named_modules():
-                if ".lora_dropout" in name or name.endswith("lora_dropout"):
+                if name.endswith(".lora_dropout"):
                     module.train()
-                elif hasattr(module, "lora_dropout"):
-                    module.training = True  # the fused layer asks its own flag
 
     # -- results ---------------------------------------------------------------------------------
 

@@ -53,7 +53,8 @@ class Simulation:
 
     Args:
         config: a ``Config``; or leave it out and give its fields, and the method's, as keywords.
-        method: a ``Method`` instance when ``config`` is given (``resolve`` makes the pair).
+        method: a ``Method`` instance when ``config`` is given (``resolve`` makes the pair; a class
+            of your own needs no registration).
         data: a ``TextData`` to use instead of loading ``config.dataset``.
         partition: index arrays per client, or any object with ``num_partitions`` and
             ``load_partition(i)``, instead of ``config.partition``.
@@ -67,7 +68,7 @@ class Simulation:
     def __init__(
         self,
         config: Config | None = None,
-        method: Method | None = None,
+        method: Method | str | None = None,
         *,
         data: TextData | None = None,
         partition: Any = None,
@@ -78,7 +79,9 @@ class Simulation:
             config, method = resolve(options if method is None else {**options, "method": method})
         elif options or method is None:
             raise TypeError("give either config and method, or options by keyword, not both")
-        self.config, self.method = config, method
+        dataset = config.dataset if data is None else data.name
+        self.config = dataclasses.replace(config, method=method.name, dataset=dataset)
+        self.method = method
         self.callbacks = list(callbacks)
         self.data, self._partition = data, partition
         self.output_dir = Path(config.output_dir or rundir.default_name(config.method))
@@ -185,18 +188,25 @@ class Simulation:
         cls,
         run_dir: str | Path,
         *,
+        method: type[Method] | None = None,
         data: TextData | None = None,
         partition: Any = None,
         callbacks: Iterable[Callback] = (),
     ) -> RunResult:
         """Go on after the last whole checkpoint of a run.
 
+        Args:
+            method: the class of a method that fastrank doesn't know by name.
+            data, partition: the objects the run was started with, if it was.
+
         Raises:
             UsageError: no run there, a finished one, or data and versions that would change it.
         """
         saved = rundir.read(Path(run_dir))
-        config, method = resolve(saved["options"], {"output_dir": str(run_dir)})
-        self = cls(config, method, data=data, partition=partition, callbacks=callbacks)
+        options = {**saved["options"], "output_dir": str(run_dir)}
+        self = cls(
+            *resolve(options, method=method), data=data, partition=partition, callbacks=callbacks
+        )
         try:
             state = self.prepare()
             rundir.check_same(saved, self.resolved(), self.output_dir)

@@ -29,11 +29,13 @@ class ServerState:
     Attributes:
         tensors: global values, fp32 on the CPU, by parameter name.
         head: the names among them that belong to the task head (the ledger counts its share apart).
+        server: tensors that never leave the server (momenta, masks), by names of the method's own.
         extra: plain JSON facts a method needs to go on (a stage, a budget).
     """
 
     tensors: dict[str, Tensor]
     head: tuple[str, ...] = ()
+    server: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,8 +82,8 @@ class Method:
     Attributes:
         weighting: server weights: "samples" (n_i / sum n_j) or "uniform".
         head: "train" trains, sends and averages the task head; "freeze" leaves it as initialised.
-        learning_rate: client rate; None takes the method's default.
-        head_learning_rate: client rate of the task head; None takes the method's default.
+        learning_rate: client rate; by default what suits the method.
+        head_learning_rate: client rate of the task head; by default what suits the method.
         wire_dtype: dtype of values on the wire: "float32", "bfloat16" or "float16".
     """
 
