@@ -139,6 +139,16 @@ def test_layout_is_pinned():
     assert header.rstrip().endswith('"b":{"data_offsets":[0,4],"dtype":"I16","shape":[2]}}')
 
 
+def test_data_is_aligned_for_readers_that_map_the_file():
+    payload = Payload({str(i): torch.ones(3).to(dtype) for i, dtype in enumerate(DTYPES)})
+    data = to_bytes(payload)
+    length = struct.unpack("<Q", data[:8])[0]
+    table = json.loads(data[8 : 8 + length])
+    assert (8 + length) % 8 == 0
+    for name, tensor in payload.tensors.items():
+        assert table[name]["data_offsets"][0] % tensor.itemsize == 0
+
+
 def test_sizes():
     payload = sample()
     assert payload.payload_bytes == 4 * 8 * 4 + 6 * 4 * 2 + 3 + 8
