@@ -65,7 +65,7 @@ define install
 			"install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; fi; \
 	if ! $(PYTHON) -c '$(NEW_ENOUGH)'; then \
 		echo "fastrank needs Python 3.11 or newer, but $(PYTHON) is" \
-			"$$($(PYTHON) --version 2>&1); name another: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+			"$$($(PYTHON) --version 2>/dev/null || echo missing); name another: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
 	if [ ! -x $(BIN)/pip ]; then \
 		$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) can't make a virtual environment; on Debian and Ubuntu" \
