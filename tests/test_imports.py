@@ -49,8 +49,9 @@ def targets(name: str, inside_functions: bool = True) -> set[str]:
     for node in import_nodes(TREES[name], inside_functions):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
+        elif node.level:
+            found.add("." * node.level + (node.module or ""))
         else:
-            assert node.level == 0, f"{name}: line {node.lineno} is a relative import"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 found.add(full if full in MODULES else node.module)
