@@ -1,0 +1,37 @@
+"""Text data sets for simulations: the embedded task, files, hub names; and the embedded encoder.
+
+Importing this package loads none of torch, transformers, datasets and pyarrow; each public name is
+loaded when it is first used.
+"""
+
+import importlib
+from typing import Any
+
+# public name -> module that defines it
+_LAZY = {
+    "Dialogue": "fastrank.data.schema",
+    "Encoded": "fastrank.data.encoding",
+    "Example": "fastrank.data.schema",
+    "Split": "fastrank.data.schema",
+    "TextData": "fastrank.data.schema",
+    "collate": "fastrank.data.encoding",
+    "encode": "fastrank.data.encoding",
+    "encoder_path": "fastrank.data.encoder",
+    "load_data": "fastrank.data.load",
+    "prepare_tokenizer": "fastrank.data.encoding",
+    "select": "fastrank.data.rows",
+}
+
+__all__ = sorted(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastrank.data' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
