@@ -104,7 +104,7 @@ class PatchRow:
     Args:
         name: path in the model.
         layer: PEFT's kind of layer, such as "lora.Linear".
-        shape: "in_features -> out_features, r", for layers that have them.
+        shape: "in_features->out_features r", for layers that have them.
         reason: why a plain call would run PEFT's own forward now; None when it would run fused.
         fused_calls: calls that ran fused so far.
         delegated_calls: calls that ran PEFT's own forward so far, by reason. Calls of modules that
@@ -182,24 +182,29 @@ class PatchReport:
         Args:
             console: a `rich.console.Console`; None prints to standard output.
         """
+        from rich import box
         from rich.console import Console
         from rich.table import Table
 
         rows = self.rows()
-        table = Table(title="fastrank.patch", title_justify="left")
-        for heading in ("module", "layer", "shape"):
-            table.add_column(heading, overflow="fold")
+        prefix = _common_prefix([row.name for row in rows])
+        table = Table(
+            title=f"fastrank.patch: modules of {prefix}" if prefix else "fastrank.patch",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+        )
+        table.add_column("module", overflow="fold")
+        table.add_column("layer", overflow="fold")
         table.add_column("now", overflow="fold")
-        table.add_column("fused calls", justify="right")
-        table.add_column("delegated calls", overflow="fold")
+        table.add_column("fused", justify="right")
+        table.add_column("delegated", overflow="fold")
         for row in rows:
             calls = [f"{count} {reason}" for reason, count in row.delegated_calls.items()]
             if row.traced:
                 calls.append(f"compiled, traced {row.traced} times")
             table.add_row(
-                row.name,
-                row.layer,
-                row.shape,
+                row.name.removeprefix(f"{prefix}."),
+                f"{row.layer} {row.shape}".rstrip(),
                 "fused" if row.fused else f"PEFT: {row.reason}",
                 str(row.fused_calls),
                 "\n".join(calls) or "0",
@@ -288,8 +293,19 @@ def _shape(module: nn.Module) -> str:
     if not isinstance(module, LoraLayer):
         return ""
     ranks = {module.r[name] for name in module.active_adapters if name in module.r}
-    rank = ", r " + "/".join(str(r) for r in sorted(ranks)) if ranks else ""
-    return f"{module.in_features} -> {module.out_features}{rank}"
+    rank = " r" + "/".join(str(r) for r in sorted(ranks)) if ranks else ""
+    return f"{module.in_features}->{module.out_features}{rank}"
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The path that all names start with, whole components only, leaving each a name."""
+    paths = [name.split(".")[:-1] for name in names]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
 
 
 def _nothing_to_patch(modules: list[tuple[str, nn.Module]]) -> str:

@@ -41,6 +41,7 @@ def pair(kind="linear", dtype=torch.float64, seed=0, bias=True, **options):
     """(stock, patched, report): the same PEFT model twice, B filled so that the branch counts."""
     torch.manual_seed(seed)
     options = {"r": 4, "lora_alpha": 6, "target_modules": ["fc"]} | options
+    options["fan_in_fan_out"] = kind == "conv1d"
     base = Net(kind, bias).to(dtype)
     stock = get_peft_model(base, LoraConfig(**options))
     fill(stock)
@@ -70,7 +71,8 @@ def run(model, x, **kwargs):
     y = model(x, **kwargs)
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
     (y.double() * weights).sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    named = [(n.removeprefix("_orig_mod."), p) for n, p in model.named_parameters()]
+    grads = {n: p.grad.clone() for n, p in named if p.grad is not None}
     return y.detach(), grads | {"x": x.grad}
 
 
@@ -199,6 +201,15 @@ def parametrized(model):
     parametrize.register_parametrization(layer_of(model).base_layer, "weight", Negated())
 
 
+class Tagged(torch.Tensor):
+    """A tensor subclass, as quantised and distributed weights are."""
+
+
+def subclassed_weight(model):
+    base = layer_of(model).base_layer
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(Tagged), requires_grad=False)
+
+
 REASONS = {
     "disabled": (disable, "adapters disabled"),
     "merged": (merge, "adapters merged"),
@@ -214,6 +225,7 @@ REASONS = {
     "base-forward": (replaced_forward, "forward of base_layer replaced on the instance"),
     "base-class": (replaced_base_class, "base layer is a Doubled"),
     "parametrized": (parametrized, "base_layer is parametrized"),
+    "subclass": (subclassed_weight, "base weight is a Tagged"),
 }
 
 
@@ -264,10 +276,26 @@ def test_global_hooks_and_function_transforms_delegate():
     assert report.delegated_calls == {"global module hooks": 1, "inside a torch.func transform": 1}
 
 
-def test_tensor_subclass_and_wrong_dtype_fail_or_run_as_in_peft():
-    class Tagged(torch.Tensor):
-        pass
+def test_jit_tracing_and_export_see_stock_operations():
+    stock, fast, report = pair()
+    want = stock(rows())
+    traced = torch.jit.trace(layer_of(fast), (rows(),), check_trace=False)
+    assert torch.allclose(traced(rows()), want)
+    assert report.delegated_calls == {"torch.jit tracing or torch.export": 1}
+    exported = torch.export.export(layer_of(fast), (rows(),))
+    assert "fastrank" not in str(exported.graph)
+    assert torch.allclose(exported.module()(rows()), want)
 
+
+def test_parameters_swapped_for_one_call_run_fused():
+    stock, fast, report = pair()
+    doubled = {n: 2 * p.detach() for n, p in layer_of(fast).named_parameters()}
+    y = torch.func.functional_call(layer_of(fast), doubled, (rows(),))
+    assert torch.allclose(y, torch.func.functional_call(layer_of(stock), doubled, (rows(),)))
+    assert report.fused_calls == 1
+
+
+def test_tensor_subclass_and_wrong_dtype_fail_or_run_as_in_peft():
     stock, fast, report = pair()
     y = fast(rows().as_subclass(Tagged))
     assert type(y) is Tagged
@@ -305,6 +333,15 @@ def test_mixed_factor_dtypes_delegate_without_autocast():
     assert report.delegated == {"base_model.model.fc": "lora_A in float32, B in bfloat16"}
 
 
+def test_factors_on_another_device_delegate():
+    _, fast, report = pair()
+    layer_of(fast).lora_A["default"].to("meta")
+    reason = "lora_A on meta, not with the rest on cpu"
+    assert report.delegated == {"base_model.model.fc": reason}
+    fast.to("meta")
+    assert report.delegated == {"base_model.model.fc": "meta tensors"}
+
+
 # --- 16 bit ----------------------------------------------------------------------------------
 
 
@@ -315,20 +352,24 @@ def errors(result, exact):
     return {n: float((a.double() - b).norm() / b.norm()) for n, (a, b) in pairs.items()}
 
 
-@pytest.mark.parametrize("mode", ["autocast", "fp32-adapters", "all-bf16"])
+@pytest.mark.parametrize("mode", ["autocast", "fp32-adapters", "bf16-adapters", "all-bf16"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_16_bit_is_as_accurate_as_peft(kind, mode):
-    dtype = torch.float32 if mode == "autocast" else torch.bfloat16
+    dtype = torch.bfloat16 if mode in ("fp32-adapters", "all-bf16") else torch.float32
     stock, fast, report = pair(kind, dtype=dtype)
-    if mode == "all-bf16":
-        stock.bfloat16(), fast.bfloat16()
+    for model in (stock, fast):
+        if mode == "all-bf16":
+            model.bfloat16()
+        elif mode == "bf16-adapters":
+            layer_of(model).lora_A.bfloat16()
+            layer_of(model).lora_B.bfloat16()
     wide = torch.Generator().manual_seed(5)
     x = torch.randn(600, 12, generator=wide).to(dtype)
     exact = run(copy.deepcopy(stock).double(), x.double())
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         ours, theirs = run(fast, x), run(stock, x)
     assert report.fused_calls == 1
-    assert ours[0].dtype == theirs[0].dtype == torch.bfloat16
+    assert ours[0].dtype == theirs[0].dtype
     assert {n: g.dtype for n, g in ours[1].items()} == {n: g.dtype for n, g in theirs[1].items()}
     peft_errors = errors(theirs, exact)
     for name, error in errors(ours, exact).items():
@@ -350,15 +391,17 @@ def test_deepcopy_and_pickle_keep_the_layer_and_part_the_counters():
     assert report.fused_calls == 1
 
 
-def test_compiled_layer_agrees_and_is_counted_as_traced():
+def test_compiled_layer_is_one_graph_that_agrees_and_is_counted_as_traced():
     stock, fast, report = pair()
-    compiled = torch.compile(fast, backend="aot_eager")
+    compiled = torch.compile(layer_of(fast), backend="aot_eager", fullgraph=True)
     for _ in range(3):
-        assert_close(run(fast, rows()), run(stock, rows()))
-        assert torch.allclose(compiled(rows()), stock(rows()))
+        assert_close(run(compiled, rows()), run(layer_of(stock), rows()))
+        fast(rows())
     (row,) = report.rows()
-    assert row.traced >= 1
+    # a counter in the graph would have it traced again at every call
+    assert row.traced == 1
     assert row.fused_calls == 3
+    assert "compiled, traced 1 times" in str(report)
 
 
 # --- LowRankLinear ---------------------------------------------------------------------------

@@ -104,6 +104,14 @@ def submodule_reason(label: str, module: nn.Module, forward: Callable) -> str | 
     return None
 
 
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """`module.<name>`, several times faster: `nn.Module.__getattr__` costs a microsecond."""
+    own = module.__dict__
+    value = own["_parameters"].get(name)
+    # the replicas of nn.DataParallel hold their tensors as plain attributes
+    return own.get(name) if value is None else value
+
+
 def dropout_reason(module: nn.Module) -> str | None:
     """Why this dropout module can't be drawn inside the kernel, or None."""
     if type(module) not in (nn.Identity, nn.Dropout):

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastrank.kernels.lowrank import lowrank_linear
 from fastrank.layers import dispatch
-from fastrank.layers.dispatch import LayerState
+from fastrank.layers.dispatch import LayerState, parameter
 
 # plain base layers by their forward -> whether they keep the weight as [in_features, out_features]
 _BASE_FORWARDS = {nn.Linear.forward: False, Conv1D.forward: True}
@@ -107,9 +107,12 @@ class FastLoraLinear(PeftLinear):
         )
         if reason is not None:
             return reason
-        weight, bias, a, b = base.weight, base.bias, lora_a.weight, lora_b.weight
-        if lora_a.bias is not None or lora_b.bias is not None:
+        if parameter(lora_a, "bias") is not None or parameter(lora_b, "bias") is not None:
             return "lora_bias"
+        weight, bias = parameter(base, "weight"), parameter(base, "bias")
+        a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
+        if weight is None or a is None or b is None:
+            return "weights are sharded or not matrices"
         reason = self._operand_reason(x, weight, bias, a, b)
         if reason is not None:
             return reason
