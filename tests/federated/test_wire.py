@@ -293,7 +293,7 @@ json_values = st.recursive(
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     shapes=st.dictionaries(names, st.lists(st.integers(0, 3), max_size=3), max_size=4),
     metadata=st.dictionaries(st.text(), json_values, max_size=3),
