@@ -16,9 +16,8 @@ DEMO := $(VENV)/.installed-demo-$(KEY)
 DEV := $(VENV)/.installed-dev-$(KEY)
 
 DEMO_ARGS ?=
-BENCH_ARGS ?= all --quick
 
-.PHONY: help demo test test-slow test-gpu lint bench clean
+.PHONY: help demo test test-slow test-gpu lint clean
 
 help:
 	@echo "make demo       federated fine-tuning on the embedded text, about 3 minutes on 2 cores"
@@ -26,7 +25,6 @@ help:
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make test-gpu   the tests that need a CUDA or ROCm device"
 	@echo "make lint       ruff check and ruff format --check"
-	@echo "make bench      micro-benchmarks; BENCH_ARGS chooses (default: $(BENCH_ARGS))"
 	@echo "make clean      remove $(VENV), builds and caches; runs/ stays"
 
 demo: $(DEMO)
@@ -45,9 +43,6 @@ test-gpu: $(DEV)
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-bench: $(DEV)
-	$(BIN)/fastrank bench $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
