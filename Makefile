@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 # an editable install maps each kernel folder by name, so a new folder means a new install
 KERNELS := $(sort $(wildcard kernels/*/__init__.py))
 KEY := $(shell echo "$(KERNELS)" | cksum | cut -d' ' -f1)
-DEMO := $(VENV)/.installed-demo-$(KEY)
+DEMO := $(VENV)/.installed-plots-$(KEY)
 DEV := $(VENV)/.installed-dev-$(KEY)
 
 DEMO_ARGS ?=
@@ -58,9 +58,10 @@ define install
 	if [ -z "$(PYTHON)" ]; then \
 		echo "fastrank needs Python 3.11 or newer, and none of $(CANDIDATES) is;" \
 			"install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; fi; \
-	if ! $(PYTHON) -c '$(NEW_ENOUGH)'; then \
+	if ! $(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null; then \
 		echo "fastrank needs Python 3.11 or newer, but $(PYTHON) is" \
-			"$$($(PYTHON) --version 2>/dev/null || echo missing); name another: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+			"$$($(PYTHON) --version 2>/dev/null || echo missing);" \
+			"name another: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; fi; \
 	if [ ! -x $(BIN)/pip ]; then \
 		$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) can't make a virtual environment; on Debian and Ubuntu" \
