@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastrank.errors import UsageError
 from fastrank.federated.cohort import derive_seed
+from fastrank.federated.quiet import quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +95,8 @@ class ResidentModel:
             modules_to_save=list(self.head_modules) or None,
         )
         head = set(self._head)
-        with torch.random.fork_rng(devices=[]):  # PEFT draws its own A; ours replaces it below
+        # PEFT draws its own A; ours replaces it below
+        with torch.random.fork_rng(devices=[]), quiet():
             self.model = get_peft_model(self.model, config).eval()
         self.report = patch(self.model)
         # the head is now PEFT's trainable copy; the original stays behind as original_module
@@ -212,9 +214,10 @@ class ResidentModel:
         """Write the model under ``folder``: ``adapter/`` for LoRA, else ``model/``; its path."""
         from fastrank.federated.export import save_adapter, save_model
 
-        if self.report is not None:
-            return save_adapter(self, folder)
-        return save_model(self, folder / "model")
+        with quiet():
+            if self.report is not None:
+                return save_adapter(self, folder)
+            return save_model(self, folder / "model")
 
 
 def load_resident(
@@ -280,7 +283,7 @@ def load_resident(
             config.pad_token_id = tokenizer.pad_token_id
             overrides["pad_token_id"] = tokenizer.pad_token_id
     try:
-        with torch.random.fork_rng(devices=[]), _quiet_transformers():
+        with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(derive_seed("init", seed))  # the head's first values
             model, info = auto.from_pretrained(
                 path, config=config, dtype=dtype, output_loading_info=True
@@ -309,22 +312,3 @@ def _head_modules(model: nn.Module, task: str, missing: Iterable[str]) -> tuple[
             f"are {', '.join(children)}, wanted one of {', '.join(_HEAD_NAMES)}"
         )
     return head
-
-
-class _quiet_transformers:
-    """Keep 'newly initialised' tables off the terminal: a new head is what was asked for."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self.level = hf_logging.get_verbosity()
-        self.bars = hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *exc: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity(self.level)
-        if self.bars:
-            hf_logging.enable_progress_bar()

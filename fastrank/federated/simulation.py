@@ -75,6 +75,8 @@ class Simulation:
         callbacks: Iterable[Callback] = (),
         **options: Any,
     ) -> None:
+        if isinstance(partition, str):
+            options["partition"], partition = partition, None
         if config is None:
             config, method = resolve(options if method is None else {**options, "method": method})
         elif options or method is None:

@@ -34,7 +34,7 @@ def make_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
-    """Folder of a 2-layer BertModel checkpoint without a classification head."""
+    """Folder of a 2-layer BertModel checkpoint without a classification head; labels are known."""
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("tiny-bert")
@@ -45,6 +45,8 @@ def tiny_bert(tmp_path_factory) -> Path:
         num_attention_heads=2,
         intermediate_size=48,
         max_position_embeddings=40,
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: i for i, name in enumerate(LABELS)},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
