@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastrank.kernels.common import dropout_keep
 from fastrank.kernels.lowrank.arguments import Aux, Branch
+from fastrank.kernels.lowrank.compaction import scatter, select
 
 # elements of the widest fp32 temporary: 1 MiB, about the L2 cache of one core
 _BLOCK_ELEMENTS = 1 << 18
@@ -22,6 +23,10 @@ _BLOCK_ELEMENTS = 1 << 18
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _widen(wide: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.to(wide) for t in tensors)
 
 
 def _row_blocks(rows: int, columns: int, whole: bool) -> Iterator[slice]:
@@ -61,31 +66,6 @@ def _mean_factor(branch: Branch, aux: Aux) -> float:
     return 65536.0 / (65536 - _dropped_of_65536(branch.dropout_p))
 
 
-def _select(
-    A: Tensor, B: Tensor, e: Tensor | None, branch: Branch, aux: Aux, wide: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The ranks that take part, trained ones first, widened: A (kept, K), B (N, kept), e (kept)."""
-    if aux.index is not None:
-        A, B = A.index_select(0, aux.index), B.index_select(1, aux.index)
-        e = None if e is None else e.index_select(0, aux.index)
-    elif branch.kept < A.shape[0]:
-        A, B = A[: branch.kept], B[:, : branch.kept]
-        e = None if e is None else e[: branch.kept]
-    return A.to(wide), B.to(wide), None if e is None else e.to(wide)
-
-
-def _scatter(grad: Tensor, dim: int, like: Tensor, branch: Branch, aux: Aux) -> Tensor:
-    """A gradient of the trained ranks as one of all ranks, exactly zero elsewhere."""
-    if branch.trained == like.shape[dim] and aux.index is None:
-        return grad.to(like.dtype)
-    full = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    if aux.index is None:
-        full.narrow(dim, 0, branch.trained).copy_(grad)
-    else:
-        full.index_copy_(dim, aux.index[: branch.trained], grad.to(like.dtype))
-    return full
-
-
 def forward_(
     y: Tensor,
     x: Tensor,
@@ -104,7 +84,7 @@ def forward_(
     """
     wide, t = _wide(x.dtype), branch.trained
     (rows, columns), (N, _) = x.shape, B.shape
-    A, B, c = _select(A, B, e, branch, aux, wide)
+    A, B, c = _widen(wide, *select(A, B, e, branch, aux))
     S = torch.empty(rows, branch.kept, dtype=wide, device=x.device)
     keep = None
     if branch.dropout_p > 0.0 and t > 0:
@@ -158,8 +138,8 @@ def backward(
     """
     need_dx, need_dA, need_dB, need_de = needs
     wide, t = _wide(dy.dtype if x is None else x.dtype), branch.trained
-    raw_A, raw_B = A, B
-    A, B, c = _select(A, B, e, branch, aux, wide)
+    like = (A, B, e)
+    A, B, c = _widen(wide, *select(A, B, e, branch, aux))
     factor = 1.0 if keep is None else _mean_factor(branch, aux)
     need_dA, need_dB, need_de = (need and t > 0 for need in (need_dA, need_dB, need_de))
     from_rows = need_de and not (need_dA or need_dB)
@@ -197,22 +177,11 @@ def backward(
     if c is not None:
         G = None if G is None else G.mul_(c[:t])
         H = None if H is None else H.mul_(c[:t, None])
-    return (
-        dx,
-        _gradient(needs[1], H, 0, raw_A, branch, aux),
-        _gradient(needs[2], G, 1, raw_B, branch, aux),
-        _gradient(needs[3], de, 0, e, branch, aux),
+    grads = (
+        scatter(grad, dim, of, aux) if wanted else None
+        for wanted, grad, dim, of in zip(needs[1:], (H, G, de), (0, 1, 0), like, strict=True)
     )
-
-
-def _gradient(
-    wanted: bool, grad: Tensor | None, dim: int, like: Tensor | None, branch: Branch, aux: Aux
-) -> Tensor | None:
-    if not wanted:
-        return None
-    if grad is None:  # every rank is off or frozen
-        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    return _scatter(grad, dim, like, branch, aux)
+    return dx, *grads
 
 
 def _write_dx(

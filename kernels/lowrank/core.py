@@ -35,9 +35,9 @@ def _implementation(backend: str) -> ModuleType:
     if backend == "torch":
         return addmm
     # imported on first use: nobody without a GPU pays for loading Triton
-    from fastrank.kernels.lowrank import fused
+    from fastrank.kernels.lowrank import triton_path
 
-    return fused
+    return triton_path
 
 
 def _no_autocast(device: torch.device):
