@@ -4,6 +4,7 @@ The text is every docstring of the listed packages and of the standard library, 
 exactly as the embedded task's texts are, except docstrings that hold a test text of that task.
 """
 
+import collections
 import hashlib
 import json
 import sysconfig
@@ -15,75 +16,24 @@ import numpy as np
 
 from fastrank.data import docstrings as ds
 from fastrank.data.harvest import Harvest, package_folder, package_version
+from fastrank.errors import UsageError
 
 # the task's packages in full, then whatever else a development install of fastrank brings
-PACKAGES = [
-    "sympy",
-    "networkx",
-    "numpy",
-    "mpmath",
-    "torch",
-    "transformers",
-    "huggingface_hub",
-    "peft",
-    "accelerate",
-    "setuptools",
-    "fsspec",
-    "jinja2",
-    "triton",
-    "tokenizers",
-    "safetensors",
-    "tqdm",
-    "yaml",
-    "regex",
-    "packaging",
-    "filelock",
-    "psutil",
-    "rich",
-    "typer",
-    "click",
-    "httpx",
-    "httpcore",
-    "h11",
-    "anyio",
-    "idna",
-    "certifi",
-    "requests",
-    "urllib3",
-    "markdown_it",
-    "pygments",
-    "pydantic",
-    "pydantic_core",
-    "annotated_types",
-    "annotated_doc",
-    "typing_inspection",
-    "markupsafe",
-    "matplotlib",
-    "mpl_toolkits",
-    "PIL",
-    "contourpy",
-    "cycler",
-    "fontTools",
-    "kiwisolver",
-    "pyparsing",
-    "dateutil",
-    "hypothesis",
-    "pytest",
-    "_pytest",
-    "pluggy",
-    "iniconfig",
-    "sortedcontainers",
-    "build",
-    "wheel",
-    "pip",
-    "datasets",
-    "pyarrow",
-    "pandas",
-    "sklearn",
-    "scipy",
-]
+PACKAGES = (
+    *("sympy", "networkx", "numpy", "mpmath", "torch", "transformers", "huggingface_hub"),
+    *("peft", "accelerate", "setuptools", "fsspec", "jinja2", "triton", "tokenizers"),
+    *("safetensors", "tqdm", "yaml", "regex", "packaging", "filelock", "psutil", "rich"),
+    *("typer", "click", "httpx", "httpcore", "h11", "anyio", "idna", "certifi", "requests"),
+    *("urllib3", "markdown_it", "pygments", "pydantic", "pydantic_core", "annotated_types"),
+    *("annotated_doc", "typing_inspection", "markupsafe", "matplotlib", "mpl_toolkits", "PIL"),
+    *("contourpy", "cycler", "fontTools", "kiwisolver", "pyparsing", "dateutil", "hypothesis"),
+    *("pytest", "_pytest", "pluggy", "iniconfig", "sortedcontainers", "build", "wheel", "pip"),
+    *("datasets", "pyarrow", "pandas", "sklearn", "scipy"),
+)
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
+# rarer characters become [UNK]
+MAX_LETTERS = 200
 # documents with this digest, in hundredths, are held out to measure the loss
 DEV_PERCENT = 1
 
@@ -176,25 +126,69 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int):
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
 
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", continuing_subword_prefix=CONTINUATION))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.StripAccents()]
+    normalizer = normalizers.Sequence(
+        [normalizers.NFKD(), normalizers.Lowercase(), normalizers.StripAccents()]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
+    documents = list(documents)
+    letters = collections.Counter()
+    for document in documents:
+        letters.update(normalizer.normalize_str(document))
+    letters.pop(" ", None)
+    alphabet = sorted(sorted(letters), key=letters.get, reverse=True)[:MAX_LETTERS]
+
+    def assemble(model: models.BPE) -> Tokenizer:
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizer
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        return tokenizer
+
+    options = {"unk_token": "[UNK]", "continuing_subword_prefix": CONTINUATION}
+    scratch = assemble(models.BPE(**options))
+    # the trainer numbers "##a", "##b", ... in the order of a randomly seeded hash map, and breaks
+    # ties between merges by those numbers: hand them over as fixed tokens, then build the final
+    # tokenizer from the vocabulary alone, where they are ordinary pieces
+    pieces = [CONTINUATION + letter for letter in sorted(alphabet)]
     trainer = BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *pieces],
         continuing_subword_prefix=CONTINUATION,
-        limit_alphabet=200,
+        initial_alphabet=sorted(alphabet),
+        limit_alphabet=MAX_LETTERS,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    scratch.train_from_iterator(documents, trainer)
+    trained = json.loads(scratch.to_str())["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in trained["merges"]]
+    tokenizer = assemble(models.BPE(vocab=trained["vocab"], merges=merges, **options))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, SPECIAL_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")],
     )
+    return tokenizer
+
+
+def read_tokenizer(path: Path, vocab_size: int):
+    """Read a tokenizer.json that `train_tokenizer` could have made.
+
+    Raises:
+        UsageError: no such file, not a tokenizer, another size or other special tokens.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    # the library raises bare Exception for a malformed file
+    except Exception as error:
+        raise UsageError(f"cannot read tokenizer {path}: {error}") from error
+    ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+    if tokenizer.get_vocab_size() > vocab_size or ids != list(range(len(SPECIAL_TOKENS))):
+        raise UsageError(
+            f"{path} has {tokenizer.get_vocab_size()} tokens with special ids {ids}; wanted at "
+            f"most {vocab_size}, and {', '.join(SPECIAL_TOKENS)} as 0 to {len(SPECIAL_TOKENS) - 1}"
+        )
     return tokenizer
 
 
@@ -215,7 +209,8 @@ def chunks(tokenizer, documents: Iterable[str], length: int) -> list[np.ndarray]
     """Cut documents into runs of at most `length` tokens, specials included.
 
     Returns:
-        list of uint16 arrays `[n]`, `[CLS]` first and `[SEP]` last; tails under 8 tokens are left out.
+        list of uint16 arrays `[n]`, `[CLS]` first and `[SEP]` last; tails under 8 tokens
+        are left out.
     """
     cls, sep = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
     body = length - 2
@@ -227,8 +222,3 @@ def chunks(tokenizer, documents: Iterable[str], length: int) -> list[np.ndarray]
             if len(piece) >= ds.MIN_WORDS:
                 found.append(np.array([cls, *piece, sep], dtype=np.uint16))
     return found
-
-
-def save(corpus: Corpus, path: Path) -> None:
-    """Write a corpus as JSON."""
-    path.write_text(json.dumps(corpus.__dict__, ensure_ascii=False), encoding="utf-8")

@@ -14,52 +14,24 @@ MIN_WORDS = 8
 MASK = "pkg"
 
 SKIPPED_FOLDERS = frozenset(
-    [
-        "test",
-        "tests",
-        "testing",
-        "_testing",
-        "_vendor",
-        "vendor",
-        "vendored",
-        "_vendored",
-        "extern",
-        "third_party",
-        "__pycache__",
-        "node_modules",
-        "site-packages",
-    ]
+    {
+        *("test", "tests", "testing", "_testing"),
+        *("vendor", "_vendor", "vendored", "_vendored", "extern", "third_party"),
+        *("__pycache__", "node_modules", "site-packages"),
+    }
 )
 
 # names distinctive enough that any word containing one gives the package away (pytorch, numpydoc)
 ROOTS = (
-    "sympy networkx numpy mpmath torch huggingface peft setuptools fsspec jinja".split()  # noqa: SIM905
+    *("sympy", "networkx", "numpy", "mpmath", "torch", "huggingface"),
+    *("peft", "setuptools", "fsspec", "jinja"),
 )
 # names that are English words or too short to look for inside other words
-WHOLE_WORDS = [
-    "transformers",
-    "accelerate",
-    "polys",
-    "physics",
-    "combinatorics",
-    "matrices",
-    "geometry",
-    "inductor",
-    "distributed",
-    "nn",
-    "ao",
-    "fx",
-    "generation",
-    "stats",
-    "core",
-    "solvers",
-    "utils",
-    "onnx",
-    "dynamo",
-    "np",
-    "nx",
-    "hf",
-]
+WHOLE_WORDS = (
+    *("transformers", "accelerate", "polys", "physics", "combinatorics", "matrices", "geometry"),
+    *("inductor", "distributed", "nn", "ao", "fx", "generation", "stats", "core", "solvers"),
+    *("utils", "onnx", "dynamo", "np", "nx", "hf"),
+)
 # CamelCase spellings that fall apart when identifiers are split
 _SPELLINGS = (
     "sym py|network x|num py|mp math|py torch|hugging face(?: hub)?|setup tools|fs spec|"
@@ -72,11 +44,12 @@ _SNAKE = re.compile(r"(?<=\w)_+|_+(?=\w)")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _NAMES = re.compile(
     rf"(?<![A-Za-z])(?:{_SPELLINGS}|{'|'.join(WHOLE_WORDS)})(?![A-Za-z])"
-    rf"|[A-Za-z]*(?:{'|'.join(ROOTS)})[A-Za-z]*\d*",
+    rf"|(?<![A-Za-z])[A-Za-z]*(?:{'|'.join(ROOTS)})[A-Za-z]*\d*",
     re.IGNORECASE,
 )
 _REPEATED = re.compile(rf"\b{MASK}(?:[\s.]+{MASK})+\b")
 
+_TEST_FILE = re.compile(r"test_|conftest|.*_test\.py$")
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _URL = re.compile(r"(?:https?|ftp)://\S+|www\.\S+")
 _RULER = re.compile(r"\s*[-=~^*_#+.`'\"]{3,}\s*$")
@@ -86,7 +59,7 @@ _MARKUP = re.compile(r"`+|\*\*|:(?:class|func|meth|attr|mod|ref|obj|term|data|py
 
 
 def python_files(folder: Path) -> Iterator[Path]:
-    """Yield the .py files under `folder` (or the file itself), sorted, tests and vendored left out."""
+    """Yield the .py files under `folder` (or the file itself), sorted, without tests."""
     if folder.is_file():
         yield folder
         return
@@ -94,9 +67,8 @@ def python_files(folder: Path) -> Iterator[Path]:
         if path.is_dir():
             if path.name not in SKIPPED_FOLDERS and not path.name.startswith("."):
                 yield from python_files(path)
-        elif path.suffix == ".py" and not path.name.startswith(("test_", "conftest")):
-            if not path.name.endswith("_test.py"):
-                yield path
+        elif path.suffix == ".py" and not _TEST_FILE.match(path.name):
+            yield path
 
 
 def docstrings(source: bytes) -> list[str]:
@@ -174,6 +146,10 @@ def mask(text: str) -> str:
     return _REPEATED.sub(MASK, " ".join(text.split()))
 
 
-def words_of(docstring: str) -> list[str]:
-    """Return the cleaned and masked docstring as a list of words."""
-    return mask(clean(docstring)).split()
+def words_of(docstring: str, limit: int | None = None) -> list[str]:
+    """Return the words of the cleaned and masked docstring, the first `limit` if given."""
+    words = clean(docstring).split()
+    if limit is not None:
+        # masking can merge words as well as split them: leave it room
+        words = words[: 3 * limit]
+    return mask(" ".join(words)).split()[:limit]

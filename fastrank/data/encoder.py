@@ -8,8 +8,8 @@ from fastrank.errors import UsageError
 def encoder_path() -> Path:
     """Return the folder of the embedded encoder, for `from_pretrained`.
 
-    A ModernBERT of 4 layers and 256 hidden units with mean pooling, stored in 16 bits; pretrain.json
-    beside the weights says how it was made.
+    A ModernBERT of 4 layers and 256 hidden units with mean pooling, stored in 16 bits;
+    pretrain.json beside the weights says how it was made.
 
     Raises:
         UsageError: the installed package lacks the weights.

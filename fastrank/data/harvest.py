@@ -151,9 +151,9 @@ def class_texts(name: str) -> dict[str, str]:
     for path in ds.python_files(folder):
         file = path.relative_to(base).as_posix()
         for docstring in ds.docstrings(path.read_bytes()):
-            words = ds.words_of(docstring)
+            words = ds.words_of(docstring, MAX_WORDS)
             if len(words) >= ds.MIN_WORDS:
-                found.setdefault(" ".join(words[:MAX_WORDS]), file)
+                found.setdefault(" ".join(words), file)
     return found
 
 

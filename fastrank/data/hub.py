@@ -74,7 +74,8 @@ def choose_splits(
         raise UsageError(f"data set {name!r} has no train split; it has: {', '.join(tables)}")
     for split in TEST_NAMES:
         table = tables.get(split)
-        if table is not None and len(table.rows):
-            if label is None or any(row.get(label) not in (-1, None) for row in table.rows):
-                return tables["train"], table
+        if table is None or not len(table.rows):
+            continue
+        if label is None or any(row.get(label) not in (-1, None) for row in table.rows):
+            return tables["train"], table
     return tables["train"], None

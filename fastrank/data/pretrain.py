@@ -9,6 +9,7 @@ batches and masks are pure functions of (seed, step).
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import logging
 import math
@@ -150,7 +151,7 @@ def pad(pieces: list[np.ndarray]) -> np.ndarray:
 
 
 def corrupt(ids: np.ndarray, config: PretrainConfig, *key: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose tokens to predict, single tokens and not whole words: 80 % mask, 10 % random, 10 % kept.
+    """Choose single tokens (not whole words) to predict: 80 % masked, 10 % random, 10 % kept.
 
     Returns:
         corrupted ids int64 `[batch, length]` and labels int64 `[batch, length]`, -100 where nothing
@@ -220,6 +221,8 @@ def export(model, out: Path, record: dict) -> None:
         if not name.startswith("decoder.")
     }
     _write(out / "model.safetensors", lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    # safetensors creates its file for the owner alone
+    (out / "model.safetensors").chmod(0o644)
     config = model.config.to_dict()
     # both spellings, see model_config; transformers drops this one when it writes
     config["reference_compile"] = False
@@ -233,8 +236,13 @@ def export(model, out: Path, record: dict) -> None:
     _write_json(out / "pretrain.json", record)
 
 
-def prepare(config: PretrainConfig, out: Path, log: Callable[[str], None]) -> dict:
-    """Collect the text, train the tokenizer and cut the pieces, once per folder.
+def prepare(
+    config: PretrainConfig,
+    out: Path,
+    log: Callable[[str], None],
+    tokenizer_file: Path | None = None,
+) -> dict:
+    """Collect the text, train the tokenizer (or take one) and cut the pieces, once per folder.
 
     Returns:
         dict with `train` and `dev` (lists of uint16 arrays) and `text` (facts for the record).
@@ -247,7 +255,10 @@ def prepare(config: PretrainConfig, out: Path, log: Callable[[str], None]) -> di
         dev = [d for d in text.documents if corpora.is_dev(d)]
         train = [d for d in text.documents if not corpora.is_dev(d)]
         log(f"{len(train)} documents to train on, {len(dev)} held out, {text.excluded} left out")
-        tokenizer = corpora.train_tokenizer(train, config.vocab_size)
+        if tokenizer_file is None:
+            tokenizer = corpora.train_tokenizer(train, config.vocab_size)
+        else:
+            tokenizer = corpora.read_tokenizer(tokenizer_file, config.vocab_size)
         _write(out / "tokenizer.json", lambda p: tokenizer.save(str(p)))
         _write_json(
             out / "tokenizer_config.json", corpora.tokenizer_config(max(128, config.chunk_tokens))
@@ -277,7 +288,9 @@ def prepare(config: PretrainConfig, out: Path, log: Callable[[str], None]) -> di
             name: np.split(data[name], np.cumsum(data[f"{name}_lengths"])[:-1])
             for name in ("train", "dev")
         }
-    return {**cut, "text": json.loads(facts_file.read_text(encoding="utf-8"))}
+    facts = json.loads(facts_file.read_text(encoding="utf-8"))
+    digest = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest()
+    return {**cut, "text": {**facts, "tokenizer_sha256": digest}}
 
 
 def _check_resumable(saved: dict, wanted: dict, step: int, out: Path) -> None:
@@ -304,13 +317,15 @@ def pretrain(
     save_every: int = 100,
     eval_every: int = 250,
     compiled: bool = False,
+    tokenizer_file: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> dict:
     """Train, or go on training, in the folder `out`; return the record that is written beside it.
 
     Args:
-        stop_after: stop (with a checkpoint) after this step of the schedule, None for the whole run.
+        stop_after: stop, with a checkpoint, after this step; None for the whole run.
         compiled: run the encoder through torch.compile, which needs a C++ compiler.
+        tokenizer_file: a tokenizer.json to use instead of training one.
 
     Raises:
         UsageError: `out` holds a run with another configuration.
@@ -319,7 +334,7 @@ def pretrain(
 
     out.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
-    data = prepare(config, out, log)
+    data = prepare(config, out, log, tokenizer_file)
     torch.manual_seed(config.seed)
     model = ModernBertForMaskedLM(model_config(config, tuple(data["text"]["label_names"])))
     with torch.no_grad():
@@ -426,6 +441,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile (C++ compiler needed)"
     )
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use, not train anew")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     if arguments.steps < 1:
@@ -440,6 +456,7 @@ def main(argv: list[str] | None = None) -> int:
             save_every=arguments.save_every,
             eval_every=arguments.eval_every,
             compiled=arguments.compile,
+            tokenizer_file=arguments.tokenizer,
             log=lambda line: print(line, flush=True),
         )
     except UsageError as error:
