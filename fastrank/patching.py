@@ -8,6 +8,7 @@ import io
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from peft.tuners.adalora import SVDLinear
 from peft.tuners.lora import Linear as PeftLinear
@@ -19,6 +20,9 @@ from fastrank.errors import UsageError
 from fastrank.kernels.common import BACKENDS
 from fastrank.layers.dispatch import LayerState
 from fastrank.layers.lora import FastLoraLinear
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # PEFT's class -> ours; exact types only, since a subclass may have a forward of its own
 _FAST: dict[type, type] = {PeftLinear: FastLoraLinear}
@@ -176,11 +180,11 @@ class PatchReport:
             total.update(row.delegated_calls)
         return dict(total)
 
-    def print(self, console: "object | None" = None) -> None:
+    def print(self, console: "Console | None" = None) -> None:
         """Print the table of modules and the totals.
 
         Args:
-            console: a `rich.console.Console`; None prints to standard output.
+            console: where to; None prints to standard output.
         """
         from rich import box
         from rich.console import Console

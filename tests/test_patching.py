@@ -10,7 +10,14 @@ import pickle
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from transformers import (
@@ -391,6 +398,18 @@ def test_every_kind_of_adapted_module_is_listed():
     only_embedding = fastrank.patch(make(["embed"]))
     assert list(only_embedding.delegated) == ["base_model.model.embed"]
     assert only_embedding.fused == []
+
+
+def test_adalora_is_listed_and_left_to_peft():
+    torch.manual_seed(0)
+    config = AdaLoraConfig(target_modules=["query"], init_r=4, target_r=2, total_step=10)
+    model = get_peft_model(bert().double(), config)
+    want = logits(model, "bert")
+    report = fastrank.patch(model)
+    assert set(report.delegated.values()) == {"AdaLoRA layers are not fused yet"}
+    assert [row.layer for row in report.rows()] == ["adalora.SVDLinear"] * LAYERS
+    assert torch.equal(logits(model, "bert"), want)
+    assert fastrank.unpatch(model) == 0
 
 
 def test_models_without_peft_model_around_them():
