@@ -14,12 +14,8 @@ BACKENDS = ("auto", "triton", "reference")
 # what Triton's dot takes; float64 goes through plain torch
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger("fastrank")
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -29,7 +25,7 @@ def interpreting() -> bool:
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason that Triton kernels can't run on tensors like these, or None."""
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "the triton package is not installed"
     if dtype not in TRITON_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}"
@@ -70,5 +66,6 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
             raise ValueError(f"backend 'triton' can't run: {reason}; pass backend='auto'")
         return "triton"
     chosen = "triton" if reason is None else "reference"
-    _log_once(device.type, chosen, reason)
+    if not torch.compiler.is_compiling():  # a log call would break the graph
+        _log_once(device.type, chosen, reason)
     return chosen

@@ -12,10 +12,6 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 @functools.cache
 def compute_units(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device."""

@@ -32,20 +32,33 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-BLOCKS_R = (16, 32, 64, 128)  # ranks a tile; more ranks take several passes
-
-# (kernel, whether dots have fp32 operands) -> BLOCK_R -> tile
-TILES: dict[tuple[str, bool], dict[int, Tile]] = {
-    ("shrink", False): {r: Tile(64, 64, 4, 3) for r in BLOCKS_R},
-    ("shrink", True): {r: Tile(64, 32, 4, 2) for r in BLOCKS_R},
-    ("expand", False): {r: Tile(64, 128, 4, 2) for r in BLOCKS_R},
-    ("expand", True): {r: Tile(64, 64, 4, 2) for r in BLOCKS_R},
-    ("gram", False): {r: Tile(64, 128, 4, 3) for r in BLOCKS_R},
-    ("gram", True): {r: Tile(32, 64, 4, 2) for r in BLOCKS_R},
+# What multiplies: "half" is sixteen-bit operands, "tf32" fp32 operands on tensor cores (one product
+# or three), "ieee" fp32 as it is, outside the tensor cores of NVIDIA.
+#
+# (kernel, what multiplies) -> BLOCK_R -> tile. The largest BLOCK_R also serves larger ranks, in
+# several passes; expand loops over them at no cost. Chosen so that no variant spills.
+TILES: dict[tuple[str, str], dict[int, Tile]] = {
+    ("shrink", "half"): {16: Tile(64, 64, 4, 3), 32: Tile(64, 64, 4, 3), 64: Tile(128, 64, 8, 3)},
+    ("shrink", "tf32"): {16: Tile(64, 32, 4, 2), 32: Tile(64, 32, 8, 2)},
+    ("shrink", "ieee"): {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2)},
+    ("expand", "half"): {16: Tile(64, 128, 8, 2), 32: Tile(64, 128, 8, 2)},
+    ("expand", "tf32"): {16: Tile(64, 64, 8, 2)},
+    ("expand", "ieee"): {16: Tile(64, 64, 8, 2)},
+    ("gram", "half"): {16: Tile(64, 128, 8, 3), 32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)},
+    ("gram", "tf32"): {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 8, 2)},
+    ("gram", "ieee"): {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 8, 2)},
     # its parts cost 4 R / block_w of the read they save: only narrow ranks gain
-    ("dual", False): {16: Tile(64, 256, 8, 3), 32: Tile(64, 256, 8, 3)},
-    ("dual", True): {16: Tile(32, 128, 4, 2)},
-    ("finish", True): {r: Tile(0, 64, 4, 2) for r in BLOCKS_R},
+    ("dual", "half"): {16: Tile(64, 256, 8, 3), 32: Tile(64, 256, 8, 3)},
+    ("dual", "tf32"): {16: Tile(32, 128, 8, 2)},
+    ("dual", "ieee"): {16: Tile(32, 128, 8, 2)},
+    ("finish", "any"): {16: Tile(0, 64, 4, 2), 64: Tile(0, 64, 4, 2)},
+}
+# AMD: a compute unit has 64 KiB of shared memory, and two wide accumulators spill
+HIP_TILES = {
+    key: {
+        r: tile._replace(num_stages=2) for r, tile in tiles.items() if (key[0], r) != ("dual", 32)
+    }
+    for key, tiles in TILES.items()
 }
 
 

@@ -295,7 +295,7 @@ def _backward_op(
         A,
         B,
         e,
-        S[:, : branch.kept],
+        S[:, : branch.kept].contiguous(),
         keep if masked else None,
         branch,
         aux,

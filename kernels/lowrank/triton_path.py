@@ -15,13 +15,12 @@ from fastrank.kernels.common.launch import (
     cdiv,
     compute_units,
     is_hip,
-    next_power_of_2,
     split_count,
 )
 from fastrank.kernels.lowrank.arguments import Aux, Branch
 from fastrank.kernels.lowrank.compaction import scatter, select
 from fastrank.kernels.lowrank.fused import (
-    BLOCKS_R,
+    HIP_TILES,
     TILES,
     Tile,
     lowrank_dual_kernel,
@@ -51,9 +50,20 @@ class _Call(NamedTuple):
     precision: str  # input_precision of fp32 dots
     masks: tuple[Tensor | None, Tensor | None]  # active and trainable, one byte a rank, or Nones
 
-    @property
-    def wide(self) -> bool:
-        return self.dot == torch.float32
+    def tiles(self, kernel: str) -> dict[int, Tile]:
+        """BLOCK_R -> tile, for this call's operands and device."""
+        what = "half"
+        if kernel == "finish":
+            what = "any"
+        elif self.dot == torch.float32:
+            what = "ieee" if self.precision == "ieee" else "tf32"
+        return (HIP_TILES if is_hip() else TILES)[kernel, what]
+
+    def tile(self, kernel: str) -> tuple[int, Tile]:
+        """(BLOCK_R, tile) for the ranks of this call."""
+        tiles = self.tiles(kernel)
+        block_r = min((r for r in tiles if r >= self.branch.kept), default=max(tiles))
+        return block_r, tiles[block_r]
 
     @property
     def dropout(self) -> bool:
@@ -62,12 +72,6 @@ class _Call(NamedTuple):
     @property
     def masked(self) -> bool:
         return self.masks[0] is not None
-
-    def tile(self, kernel: str, ranks: int) -> tuple[int, Tile]:
-        block_r = min(max(next_power_of_2(ranks), BLOCKS_R[0]), BLOCKS_R[-1])
-        tile = TILES[kernel, self.wide or kernel == "finish"][block_r]
-        # one LDS buffer is all that a 64 KiB CU has room for
-        return block_r, tile._replace(num_stages=min(tile.num_stages, 2)) if is_hip() else tile
 
 
 def dot_dtype(x: torch.dtype, adapters: torch.dtype, branch: Branch) -> torch.dtype:
@@ -152,7 +156,7 @@ def _sum_parts(parts: Tensor) -> Tensor:
 def shrink(call: _Call, x: Tensor, q: Tensor, q_strides: tuple[int, int], dropout: bool) -> Tensor:
     """drop(x) qᵀ: fp32 (M, R). q_strides: q's strides over (ranks, columns of x)."""
     (M, W), R = x.shape, call.branch.kept
-    block_r, tile = call.tile("shrink", R)
+    block_r, tile = call.tile("shrink")
     programs_m, programs_r = cdiv(M, tile.block_m), cdiv(R, block_r)
     tiles = cdiv(W, tile.block_w)
     units = compute_units(x.device)
@@ -200,7 +204,7 @@ def expand_(
 ) -> None:
     """out (M, W) (+)= alpha D∘((p∘e) q) in place. q_strides: over (ranks, columns of out)."""
     (M, W), R = out.shape, call.branch.kept
-    block_r, tile = call.tile("expand", R)
+    block_r, tile = call.tile("expand")
     lowrank_expand_kernel[(cdiv(M, tile.block_m), cdiv(W, tile.block_w))](
         out_ptr=out,
         p_ptr=p,
@@ -232,7 +236,7 @@ def expand_(
 def gram(call: _Call, x: Tensor, p: Tensor, dropout: bool) -> Tensor:
     """Parts of drop(x)ᵀ p: fp32 (splits, W, R), to be added up."""
     (M, W), R = x.shape, call.branch.kept
-    block_r, tile = call.tile("gram", R)
+    block_r, tile = call.tile("gram")
     programs_w, programs_r = cdiv(W, tile.block_w), cdiv(R, block_r)
     tiles = cdiv(M, tile.block_m)
     units = compute_units(x.device)
@@ -264,9 +268,9 @@ def gram(call: _Call, x: Tensor, p: Tensor, dropout: bool) -> Tensor:
 def fits_dual(call: _Call, M: int, W: int) -> bool:
     """Whether one read for shrink and gram moves fewer bytes than two."""
     R = call.branch.kept
-    if next_power_of_2(R) > max(TILES["dual", call.wide]):
+    if max(call.tiles("dual")) < R:
         return False
-    _, tile = call.tile("dual", R)
+    _, tile = call.tile("dual")
     return 4 * M * R * cdiv(W, tile.block_w) <= _MAX_DUAL_PARTS_BYTES
 
 
@@ -275,7 +279,7 @@ def dual(
 ) -> tuple[Tensor, Tensor]:
     """x qᵀ as fp32 (M, R), and parts of xᵀ p as fp32 (splits, W, R), from one read of x."""
     (M, W), R = x.shape, call.branch.kept
-    block_r, tile = call.tile("dual", R)
+    block_r, tile = call.tile("dual")
     programs_w, tiles = cdiv(W, tile.block_w), cdiv(M, tile.block_m)
     splits = split_count(programs_w, tiles, _MOST_GRAM_SPLITS, compute_units(x.device))
     chunk = cdiv(tiles, splits)
@@ -323,7 +327,7 @@ def finish(
     Both strides are over (ranks, wide columns).
     """
     splits, W, R = parts.shape
-    block_r, tile = call.tile("finish", R)
+    block_r, tile = call.tile("finish")
     programs_w = cdiv(W, tile.block_w)
     de = None
     if want_de:

@@ -12,6 +12,7 @@ from typing import Any
 import triton.language as tl
 
 from fastrank.kernels.lowrank.fused import (
+    HIP_TILES,
     TILES,
     Tile,
     lowrank_dual_kernel,
@@ -36,6 +37,12 @@ class Operands:
     @property
     def name(self) -> str:
         return f"{self.x}-{self.adapters}-{self.dot}" + ("-tf32" if self.tf32 else "")
+
+    def what(self, hip: bool) -> str:
+        """The column of the tile table."""
+        if self.dot != "fp32":
+            return "half"
+        return "ieee" if self.precision(hip) == "ieee" else "tf32"
 
     def precision(self, hip: bool) -> str:
         if self.dot != "fp32" or hip:
@@ -147,13 +154,11 @@ def variants(hip: bool) -> Iterator[Variant]:
     for operands in OPERANDS:
         if operands.tf32 and hip:
             continue
-        wide = operands.dot == "fp32"
-        for (kernel, of_wide), tiles in TILES.items():
-            if of_wide != wide and kernel != "finish":
+        what = operands.what(hip)
+        for (kernel, of), tiles in (HIP_TILES if hip else TILES).items():
+            if of not in (what, "any"):
                 continue
             for block_r, tile in tiles.items():
-                if hip:
-                    tile = tile._replace(num_stages=min(tile.num_stages, 2))
                 common = (operands, block_r, tile, hip)
                 yield from _of_kernel(kernel, common, operands, both)
 
