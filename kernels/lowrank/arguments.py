@@ -56,7 +56,7 @@ def check_tensors(
         if tensor is None and name not in ("x", "A", "B"):
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor")
+            raise TypeError(f"{name} has type {type(tensor).__name__}; pass a torch.Tensor")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} has dtype {tensor.dtype}; cast it to a floating dtype")
         if tensor.device != x.device:
@@ -111,7 +111,7 @@ def check_options(
     """Numbers and the dropout draw; ValueError or TypeError."""
     if not isinstance(scale, Real) or not isinstance(dropout_p, Real):
         name, value = ("scale", scale) if not isinstance(scale, Real) else ("dropout_p", dropout_p)
-        raise TypeError(f"{name} is a {type(value).__name__}; pass a Python float")
+        raise TypeError(f"{name} has type {type(value).__name__}; pass a Python float")
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; pass a finite number")
     if not 0.0 <= dropout_p < 1.0:
@@ -126,13 +126,15 @@ def check_options(
             )
     elif seed is not None:
         if not isinstance(seed, int):
-            raise TypeError(f"seed is a {type(seed).__name__}; pass an int, a tensor or None")
+            raise TypeError(f"seed has type {type(seed).__name__}; pass an int, a tensor or None")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed is {seed}; pass a signed 64-bit integer")
     if row_ids is not None:
         rows = x.numel() // max(x.shape[-1], 1)
         if not isinstance(row_ids, Tensor):
-            raise TypeError(f"row_ids is a {type(row_ids).__name__}; pass an int64 tensor [{rows}]")
+            raise TypeError(
+                f"row_ids has type {type(row_ids).__name__}; pass an int64 tensor [{rows}]"
+            )
         if row_ids.dtype != torch.int64 or row_ids.shape != (rows,) or row_ids.device != x.device:
             raise ValueError(
                 f"row_ids is {row_ids.dtype} {_shape(row_ids)} on {row_ids.device}; "
@@ -157,7 +159,7 @@ def check_masks(active: Tensor | int | None, trainable: Tensor | None, ranks: in
             )
         if name == "trainable" or isinstance(mask, bool) or not isinstance(mask, int):
             raise TypeError(
-                f"{name} is a {type(mask).__name__}; pass a bool tensor [{ranks}]"
+                f"{name} has type {type(mask).__name__}; pass a bool tensor [{ranks}]"
                 + (" or an int" if name == "active" else "")
             )
         if not 0 <= mask <= ranks:
