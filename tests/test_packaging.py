@@ -175,3 +175,15 @@ sys.stderr.write(f"{seconds} {sorted(heavy)}")
     assert all(done.stderr.endswith(" []") for done in runs), runs[0].stderr
     # not even torch is loaded, so this bounds what importing fastrank adds to it
     assert median(float(done.stderr.split()[0]) for done in runs) < 1.0
+
+
+@pytest.mark.slow
+def test_installed_command_runs_a_simulation(installed, tmp_path):
+    # the encoder comes out of the wheel, the text out of the lent dependencies
+    options = "--num-rounds 2 --num-clients 4 --clients-per-round 2 --local-steps 2"
+    command = (installed.with_name("fastrank"), "simulate", *options.split())
+    done = run(*command, "--max-examples", "400", "--output-dir", "out", cwd=tmp_path)
+    assert "accuracy" in done.stdout
+    rows = (tmp_path / "out" / "rounds.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["round", "1", "2"]
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
