@@ -148,9 +148,16 @@ def lowrank_add(
     if inplace and not torch.compiler.is_compiling() and y._is_view():
         raise ValueError("y is a view; pass inplace=False, or y.clone()")
     autocast = _autocast_dtype(x)
-    backend = choose_backend(backend, x.device, autocast or x.dtype)
-    if backend == "triton":
-        backend = choose_backend(backend, y.device, y.dtype)
+    compute = autocast or x.dtype
+    named = backend
+    backend = choose_backend(named, x.device, compute)
+    if backend == "triton" and not _triton_adds(compute, y.dtype):
+        if named == "triton":
+            raise ValueError(
+                f"backend 'triton' can't add a branch of {compute} to y of {y.dtype}; "
+                "cast y, or pass backend='auto'"
+            )
+        backend = "reference"
     if backend == "reference":
         out = reference.lowrank_add(
             y,
@@ -188,6 +195,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def _triton_adds(x: torch.dtype, y: torch.dtype) -> bool:
+    """One of the two is fp32, or they are the same."""
+    return y in (x, torch.float32) or (x == torch.float32 and y != torch.float64)
 
 
 def _wants_registered_op() -> bool:

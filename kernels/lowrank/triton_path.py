@@ -109,13 +109,15 @@ def _start(
     A, B, e = select(A, B, e, branch, aux)
     if A.dtype not in (dot, torch.float32):
         A, B = A.to(dot), B.to(dot)
-    e = None if e is None else e.float()
-    active, trainable = (None if m is None else m.view(torch.uint8) for m in aux[3:])
+    e = None if e is None else e.float().contiguous()
+    active, trainable = (None if m is None else m.contiguous().view(torch.uint8) for m in aux[3:])
     frozen_by_host = branch.dropout_p > 0.0 and 0 < branch.trained < branch.kept
     if active is not None or trainable is not None or frozen_by_host:
         ones = _ones(branch.kept, A.device)
         active = ones if active is None else active
         trainable = ones if trainable is None else trainable
+    if aux.row_ids is not None:
+        aux = aux._replace(row_ids=aux.row_ids.contiguous())
     call = _Call(branch, aux, dot, dot_precision(x_dtype, dot), (active, trainable))
     return call, A, B, e
 
