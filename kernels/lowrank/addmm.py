@@ -26,7 +26,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _widen(wide: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.to(wide) for t in tensors)
+    return tuple(t if t is None or t.dtype == wide else t.to(wide) for t in tensors)
 
 
 def _row_blocks(rows: int, columns: int, whole: bool) -> Iterator[slice]:
@@ -35,25 +35,21 @@ def _row_blocks(rows: int, columns: int, whole: bool) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _keep_mask(
-    rows: int, columns: int, branch: Branch, aux: Aux, device: torch.device
-) -> tuple[Tensor, float]:
-    """Kept elements as bool `[rows, columns]`, and the factor that makes the mean right.
+def _keep_mask(rows: int, columns: int, branch: Branch, aux: Aux, device: torch.device) -> Tensor:
+    """Kept elements as bool `[rows, columns]`.
 
     Drawn from a generator with the call's seed, 16 bits an element: several times faster than
     Bernoulli draws, and p is rounded to a multiple of 2**-16. Row ids need a draw that depends on
     nothing else, so they take the Philox words of the GPU path.
     """
     if aux.row_ids is not None:
-        keep = dropout_keep(aux.seed, rows, columns, branch.dropout_p, aux.row_ids)
-        return keep, 1.0 / (1.0 - branch.dropout_p)
+        return dropout_keep(aux.seed, rows, columns, branch.dropout_p, aux.row_ids)
     generator = torch.Generator(device)
     generator.manual_seed(int(aux.seed))
     draws = torch.empty((rows * columns + 3) // 4, dtype=torch.int64, device=device)
     draws.random_(-(2**63), None, generator=generator)
     lanes = draws.view(torch.int16)[: rows * columns].view(rows, columns)
-    dropped = _dropped_of_65536(branch.dropout_p)
-    return lanes >= dropped - 32768, 65536.0 / (65536 - dropped)
+    return lanes >= _dropped_of_65536(branch.dropout_p) - 32768
 
 
 def _dropped_of_65536(p: float) -> int:
@@ -61,6 +57,7 @@ def _dropped_of_65536(p: float) -> int:
 
 
 def _mean_factor(branch: Branch, aux: Aux) -> float:
+    """1 / (1 - p), for the p that was drawn with."""
     if aux.row_ids is not None:
         return 1.0 / (1.0 - branch.dropout_p)
     return 65536.0 / (65536 - _dropped_of_65536(branch.dropout_p))
@@ -85,22 +82,18 @@ def forward_(
     wide, t = _wide(x.dtype), branch.trained
     (rows, columns), (N, _) = x.shape, B.shape
     A, B, c = _widen(wide, *select(A, B, e, branch, aux))
-    S = torch.empty(rows, branch.kept, dtype=wide, device=x.device)
     keep = None
     if branch.dropout_p > 0.0 and t > 0:
-        keep, factor = _keep_mask(rows, columns, branch, aux, x.device)
+        keep = _keep_mask(rows, columns, branch, aux, x.device)
 
-    for block in _row_blocks(rows, columns, whole=x.dtype == wide and keep is None):
-        x_block = x[block].to(wide)
-        if keep is None:
-            torch.mm(x_block, A.t(), out=S[block])
-            continue
-        S_block = S[block]
-        S_block[:, :t] = (x_block * keep[block]) @ A[:t].t()
-        if t < branch.kept:
-            S_block[:, t:] = x_block @ A[t:].t()
+    if keep is None and x.dtype == wide:
+        S = x @ A.t()
+    else:
+        S = torch.empty(rows, branch.kept, dtype=wide, device=x.device)
+        for block in _row_blocks(rows, columns, whole=False):
+            _shrink_block(S[block], x[block].to(wide), A, None if keep is None else keep[block], t)
     if keep is not None:
-        S[:, :t].mul_(factor)
+        S[:, :t].mul_(_mean_factor(branch, aux))
 
     T = S if c is None else S * c
     if y.dtype == wide:
@@ -109,6 +102,16 @@ def forward_(
         for block in _row_blocks(rows, N, whole=False):
             y[block].add_(T[block] @ B.t(), alpha=branch.scale)
     return S, keep
+
+
+def _shrink_block(S: Tensor, x: Tensor, A: Tensor, keep: Tensor | None, trained: int) -> None:
+    """S = x Aᵀ for one block of rows; trained ranks read the kept elements only."""
+    if keep is None:
+        torch.mm(x, A.t(), out=S)
+        return
+    S[:, :trained] = (x * keep) @ A[:trained].t()
+    if trained < S.shape[1]:
+        S[:, trained:] = x @ A[trained:].t()
 
 
 def backward(

@@ -80,7 +80,8 @@ def forward(
         out = F.linear(x, weight, bias) if y is None else y
         if x.shape[0] == 0 or branch.kept == 0:
             return out, None, None
-        flat = out.reshape(-1, B.shape[0])  # a copy where y has odd strides
+        # a copy where y has odd strides
+        flat = out if out.dim() == 2 and y is None else out.reshape(-1, B.shape[0])
         S, keep = _implementation(branch.backend).forward_(flat, x, A, B, e, branch, aux)
         if y is not None and not y.is_contiguous():
             y.copy_(flat.view(y.shape))

@@ -44,7 +44,7 @@ TILES: dict[tuple[str, str], dict[int, Tile]] = {
     ("expand", "half"): {16: Tile(64, 128, 8, 2), 32: Tile(64, 128, 8, 2)},
     ("expand", "tf32"): {16: Tile(64, 64, 8, 2)},
     ("expand", "ieee"): {16: Tile(64, 64, 8, 2)},
-    ("gram", "half"): {16: Tile(64, 128, 8, 3), 32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)},
+    ("gram", "half"): {16: Tile(32, 128, 8, 3), 32: Tile(32, 128, 8, 3), 64: Tile(32, 128, 8, 3)},
     ("gram", "tf32"): {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 8, 2)},
     ("gram", "ieee"): {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 8, 2)},
     # its parts cost 4 R / block_w of the read they save: only narrow ranks gain

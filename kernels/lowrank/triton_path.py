@@ -397,6 +397,8 @@ def backward(
     like = (A, B, e)
     x_dtype = (branch.autocast or dx_dtype) if x is None else x.dtype
     call, A, B, e = _start(x_dtype, A, B, e, branch, aux)
+    if call.dot != torch.float32:
+        dy = dy.to(call.dot)  # lowrank_add under autocast to an fp32 y; otherwise nothing
     need_dA, need_dB, need_de = (
         need and branch.trained > 0 for need in (need_dA, need_dB, need_de)
     )

@@ -109,10 +109,10 @@ def _variant(
 
 
 def _dots(hip: bool) -> Iterator[tuple[str, tuple[str, str], str, tuple[str, ...]]]:
-    """(adapters, (operand dtype, precision), column of the tile table, dtypes of x and y)."""
+    """(adapters, (operand dtype, precision), column of the tile table, dtypes of x and dy)."""
     for half in HALVES:
         for adapters in (half, "fp32"):
-            yield adapters, (half, "ieee"), "half", (half, "fp32")
+            yield adapters, (half, "ieee"), "half", (half,)
     for precision in ("ieee",) if hip else ("tf32x3", "tf32", "ieee"):
         yield "fp32", ("fp32", precision), precision[:4], ("fp32", *HALVES)
 
@@ -123,7 +123,9 @@ def variants(hip: bool) -> list[Variant]:
     table = HIP_TILES if hip else TILES
     for adapters, dot, what, dtypes in _dots(hip):
         for kernel in ("shrink", "expand", "gram", "dual"):
-            for (block_r, tile), dtype in itertools.product(table[kernel, what].items(), dtypes):
+            # what is read has a dot's own dtype where that is sixteen-bit; what is written may not
+            wide = {*dtypes, "fp32"} if kernel == "expand" else dtypes
+            for (block_r, tile), dtype in itertools.product(table[kernel, what].items(), wide):
                 for variant in _of_kernel(kernel, block_r, tile, adapters, dot, dtype):
                     found[variant.name] = variant
     for (block_r, tile), dtype in itertools.product(table["finish", "any"].items(), DTYPES):
