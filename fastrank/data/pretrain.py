@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastrank.data import corpus as corpora
-from fastrank.data.harvest import CLASSES, load_harvest
+from fastrank.data.harvest import CLASSES, load_harvest, package_version
 from fastrank.errors import UsageError
 
 PAD, CLS, SEP, MASK = (
@@ -417,7 +417,10 @@ def pretrain(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "threads": torch.get_num_threads(),
         "compiled": compiled,
-        "software": {"python": platform.python_version(), "torch": torch.__version__},
+        "software": {
+            "python": platform.python_version(),
+            **{n: package_version(n) for n in ("torch", "transformers", "tokenizers")},
+        },
         "text": data["text"],
         "history": history,
     }
