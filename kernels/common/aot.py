@@ -35,9 +35,7 @@ def compile_kernel(
     types: Mapping[str, str],
     constants: Mapping[str, object],
     target: str,
-    *,
-    num_warps: int,
-    num_stages: int,
+    options: Mapping[str, object],
 ) -> Report:
     """Compile one specialisation.
 
@@ -47,7 +45,7 @@ def compile_kernel(
             multiple of 16. Pointers are taken to be aligned to 16 bytes.
         constants: constexpr arguments, those that are None, and those specialised to 1.
         target: a key of TARGETS.
-        num_warps, num_stages: launch options.
+        options: launch options, num_warps and the like.
 
     Raises:
         ValueError: types and constants don't name each argument exactly once.
@@ -60,8 +58,7 @@ def compile_kernel(
     divisible = [n for n in types if types[n].startswith("*") or types[n].endswith(":16")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
     source = ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=TARGETS[target][0], options=options)
+    compiled = triton.compile(source, target=TARGETS[target][0], options=dict(options))
     shared = compiled.metadata.shared
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]

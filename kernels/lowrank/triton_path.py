@@ -135,14 +135,6 @@ def _dropout_arguments(call: _Call, dropout: bool) -> dict:
     }
 
 
-def _launch_options(call: _Call, tile: Tile) -> dict:
-    return {
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "enable_fp_fusion": True,  # a fused multiply-add only drops a rounding
-    }
-
-
 def _dot_options(call: _Call) -> dict:
     return {
         "DOT": _TL_DTYPES[call.dot],
@@ -188,7 +180,7 @@ def shrink(call: _Call, x: Tensor, q: Tensor, q_strides: tuple[int, int], dropou
         DROPOUT=dropout,
         **_dropout_arguments(call, dropout),
         **_dot_options(call),
-        **_launch_options(call, tile),
+        **tile.options(is_hip()),
     )
     return _sum_parts(parts)
 
@@ -231,7 +223,7 @@ def expand_(
         ADD=add,
         **_dropout_arguments(call, dropout),
         **_dot_options(call),
-        **_launch_options(call, tile),
+        **tile.options(is_hip()),
     )
 
 
@@ -262,7 +254,7 @@ def gram(call: _Call, x: Tensor, p: Tensor, dropout: bool) -> Tensor:
         DROPOUT=dropout,
         **_dropout_arguments(call, dropout),
         **_dot_options(call),
-        **_launch_options(call, tile),
+        **tile.options(is_hip()),
     )
     return parts
 
@@ -309,7 +301,7 @@ def dual(
         BLOCK_R=block_r,
         MASKED=call.masked,
         **_dot_options(call),
-        **_launch_options(call, tile),
+        **tile.options(is_hip()),
     )
     return _sum_parts(shrunk), parts
 
@@ -357,7 +349,7 @@ def finish(
         BLOCK_R=block_r,
         MASKED=call.masked,
         WANT_DE=want_de,
-        **_launch_options(call, tile),
+        **tile.options(is_hip()),
     )
     return None if de is None else _sum_parts(de)
 

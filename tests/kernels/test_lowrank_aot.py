@@ -49,15 +49,8 @@ def complaints(target: str, name: str) -> list[str]:
     from fastrank.kernels.common.aot import compile_kernel
 
     variant = table(target)[name]
-    warps, stages = variant.tile.num_warps, variant.tile.num_stages
-    report = compile_kernel(
-        variant.kernel,
-        variant.types,
-        variant.constants,
-        target,
-        num_warps=warps,
-        num_stages=stages,
-    )
+    options = variant.tile.options(hip=target.startswith("gfx"))
+    report = compile_kernel(variant.kernel, variant.types, variant.constants, target, options)
     print(f"{target} {name}: {report}")
     found = []
     if report.spills:
@@ -100,9 +93,8 @@ def test_a_spill_is_seen(target, block_r):
 
     variant = table(target)["gram-r64-bf16-dot-bf16-ieee"]
     constants = variant.constants | {"BLOCK_R": block_r}
-    report = compile_kernel(
-        variant.kernel, variant.types, constants, target, num_warps=1, num_stages=1
-    )
+    options = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+    report = compile_kernel(variant.kernel, variant.types, constants, target, options)
     assert report.spills > 0
 
 
@@ -112,4 +104,4 @@ def test_arguments_are_named_once():
     variant = table("sm_80")["gram-r64-bf16-dot-bf16-ieee"]
     types = {n: t for n, t in variant.types.items() if n != "M"}
     with pytest.raises(ValueError, match=r"wrong: \{'M'\}"):
-        compile_kernel(variant.kernel, types, variant.constants, "sm_80", num_warps=4, num_stages=1)
+        compile_kernel(variant.kernel, types, variant.constants, "sm_80", {"num_warps": 4})
