@@ -1,8 +1,8 @@
-"""Public functions, autograd and torch.library registration of the masked low-rank matmul.
+"""Public functions of the masked low-rank matmul: validation, backend choice, autograd.
 
 Eager calls go through one autograd.Function, compiled and dispatch-mode calls (selective
-checkpointing, fake tensors) through the registered ops `fastrank::lowrank_linear` and
-`fastrank::lowrank_add`. Both run core.forward and core.backward.
+checkpointing, fake tensors) through the ops of registered.py. Both run core.forward and
+core.backward.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastrank.kernels.common import choose_backend
-from fastrank.kernels.lowrank import reference
+from fastrank.kernels.lowrank import reference, registered  # noqa: F401  (registers the ops)
 from fastrank.kernels.lowrank.arguments import (
     Aux,
     Branch,
@@ -79,34 +79,8 @@ def lowrank_linear(
     if autocast is None:
         check_base_dtypes(x, weight, bias)
     backend = choose_backend(backend, x.device, autocast or x.dtype)
-    if backend == "reference":
-        return reference.lowrank_linear(
-            x,
-            weight,
-            bias,
-            A,
-            B,
-            scale=scale,
-            e=e,
-            active=active,
-            trainable=trainable,
-            dropout_p=dropout_p,
-            seed=seed,
-            row_ids=row_ids,
-        )
-    options = (float(scale), float(dropout_p), backend, autocast, precision)
-    seed = reference.seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    if _wants_registered_op():
-        mask, prefix = _split_active(active)
-        return torch.ops.fastrank.lowrank_linear(
-            x, weight, bias, A, B, e, mask, prefix, trainable, seed, row_ids, *options
-        )[0]
-    branch, aux = prepare(A, active, trainable, seed, row_ids, *options)
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, A, B, e):
-        return _LowRank.apply(x, weight, bias, A, B, e, None, branch, aux)
-    return forward(None, *operands(x, weight, bias, branch), A, B, e, branch, aux)[0].view(
-        *x.shape[:-1], B.shape[0]
-    )
+    plain = (float(scale), float(dropout_p), backend, autocast, precision)
+    return _run(None, x, weight, bias, A, B, e, active, trainable, seed, row_ids, *plain)
 
 
 def lowrank_add(
@@ -158,35 +132,60 @@ def lowrank_add(
                 "cast y, or pass backend='auto'"
             )
         backend = "reference"
+    plain = (float(scale), float(dropout_p), backend, autocast, precision)
+    return _run(y, x, None, None, A, B, e, active, trainable, seed, row_ids, *plain, inplace)
+
+
+def _run(
+    y: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    e: Tensor | None,
+    active: Tensor | int | None,
+    trainable: Tensor | None,
+    seed: int | Tensor | None,
+    row_ids: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+    autocast: torch.dtype | None,
+    precision: str,
+    inplace: bool = False,
+) -> Tensor:
+    """Checked arguments, one of three ways: plain torch, the registered op, the Function.
+
+    y is the base of lowrank_add, or None.
+    """
+    if dropout_p > 0.0:
+        seed = reference.seed_tensor(seed, x.device)
     if backend == "reference":
-        out = reference.lowrank_add(
-            y,
-            x,
-            A,
-            B,
-            scale=scale,
-            e=e,
-            active=active,
-            trainable=trainable,
-            dropout_p=dropout_p,
-            seed=seed,
-            row_ids=row_ids,
-        )
+        keywords = {"scale": scale, "e": e, "active": active, "trainable": trainable}
+        keywords |= {"dropout_p": dropout_p, "seed": seed, "row_ids": row_ids}
+        if y is None:
+            return reference.lowrank_linear(x, weight, bias, A, B, **keywords)
+        out = reference.lowrank_add(y, x, A, B, **keywords)
         return y.copy_(out) if inplace else out
-    options = (float(scale), float(dropout_p), backend, autocast, precision)
-    seed = reference.seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    if _wants_registered_op():
-        mask, prefix = _split_active(active)
-        out = torch.ops.fastrank.lowrank_add(
-            y, x, A, B, e, mask, prefix, trainable, seed, row_ids, *options
-        )[0]
+
+    seed = seed if dropout_p > 0.0 else None
+    plain = (scale, dropout_p, backend, autocast, precision)
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        mask, prefix = (None, active) if isinstance(active, int) else (active, None)
+        tail = (A, B, e, mask, prefix, trainable, seed, row_ids, *plain)
+        if y is None:
+            return torch.ops.fastrank.lowrank_linear(x, weight, bias, *tail)[0]
+        out = torch.ops.fastrank.lowrank_add(y, x, *tail)[0]
         return y.copy_(out) if inplace else out
-    branch, aux = prepare(A, active, trainable, seed, row_ids, *options)
-    y = y if inplace else y.clone(memory_format=torch.contiguous_format)
-    if torch.is_grad_enabled() and _any_requires_grad(y, x, A, B, e):
-        return _LowRank.apply(x, None, None, A, B, e, y, branch, aux)
-    forward(y, *operands(x, None, None, branch), A, B, e, branch, aux)
-    return y
+
+    branch, aux = prepare(A, active, trainable, seed, row_ids, *plain)
+    if y is not None and not inplace:
+        y = y.clone(memory_format=torch.contiguous_format)
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, A, B, e, y):
+        return _LowRank.apply(x, weight, bias, A, B, e, y, branch, aux)
+    out = forward(y, *operands(x, weight, bias, branch), A, B, e, branch, aux)[0]
+    return _shaped(out, x) if y is None else y
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -202,213 +201,18 @@ def _triton_adds(x: torch.dtype, y: torch.dtype) -> bool:
     return y in (x, torch.float32) or (x == torch.float32 and y != torch.float64)
 
 
-def _wants_registered_op() -> bool:
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-
-
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _split_active(active: Tensor | int | None) -> tuple[Tensor | None, int | None]:
-    return (None, active) if isinstance(active, int) else (active, None)
+def _shaped(out: Tensor, x: Tensor) -> Tensor:
+    """out (M, N) with x's leading dimensions.
 
-
-@torch.library.custom_op("fastrank::lowrank_linear", mutates_args=())
-def _linear_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    e: Tensor | None,
-    active: Tensor | None,
-    prefix: int | None,
-    trainable: Tensor | None,
-    seed: Tensor | None,
-    row_ids: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-    autocast: torch.dtype | None,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, S, kept elements); the last two only serve the backward."""
-    active = active if prefix is None else prefix
-    branch, aux = prepare(
-        A, active, trainable, seed, row_ids, scale, dropout_p, backend, autocast, precision
-    )
-    y, S, keep = forward(None, *operands(x, weight, bias, branch), A, B, e, branch, aux)
-    return y.view(*x.shape[:-1], B.shape[0]), *_fixed_shapes(S, keep, x, A, branch)
-
-
-@torch.library.custom_op("fastrank::lowrank_add", mutates_args=())
-def _add_op(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    e: Tensor | None,
-    active: Tensor | None,
-    prefix: int | None,
-    trainable: Tensor | None,
-    seed: Tensor | None,
-    row_ids: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-    autocast: torch.dtype | None,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y + branch, S, kept elements); the last two only serve the backward."""
-    active = active if prefix is None else prefix
-    branch, aux = prepare(
-        A, active, trainable, seed, row_ids, scale, dropout_p, backend, autocast, precision
-    )
-    y = y.clone(memory_format=torch.contiguous_format)
-    y, S, keep = forward(y, *operands(x, None, None, branch), A, B, e, branch, aux)
-    return y, *_fixed_shapes(S, keep, x, A, branch)
-
-
-@torch.library.custom_op("fastrank::lowrank_backward", mutates_args=())
-def _backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    e: Tensor | None,
-    S: Tensor,
-    keep: Tensor,
-    active: Tensor | None,
-    prefix: int | None,
-    trainable: Tensor | None,
-    seed: Tensor | None,
-    row_ids: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-    autocast: torch.dtype | None,
-    precision: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, weight, bias, A, B and e; empty where not needed."""
-    active = active if prefix is None else prefix
-    branch, aux = prepare(
-        A, active, trainable, seed, row_ids, scale, dropout_p, backend, autocast, precision
-    )
-    x_flat, weight_cast, _ = operands(x, weight, None, branch)
-    masked = backend == "torch" and dropout_p > 0.0 and branch.trained > 0
-    grads = backward(
-        dy,
-        x_flat,
-        weight_cast,
-        A,
-        B,
-        e,
-        S[:, : branch.kept].contiguous(),
-        keep if masked else None,
-        branch,
-        aux,
-        tuple(needs),
-        x.dtype,
-    )
-    return [
-        dy.new_empty(0) if grad is None else grad.to(like.dtype).view(like.shape)
-        for grad, like in zip(grads, (x, weight, bias, A, B, e), strict=True)
-    ]
-
-
-def _keeps_mask(backend: str, dropout_p: float) -> bool:
-    return backend == "torch" and dropout_p > 0.0
-
-
-def _fixed_shapes(
-    S: Tensor | None, keep: Tensor | None, x: Tensor, A: Tensor, branch: Branch
-) -> tuple[Tensor, Tensor]:
-    """S as (M, R) and the mask as (M, K) or (0,): shapes that a trace knows without the masks."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.numel() // x.shape[-1]
-    if S is None or S.shape[1] < A.shape[0]:
-        padded = x.new_zeros(rows, A.shape[0], dtype=wide)
-        if S is not None:
-            padded[:, : S.shape[1]] = S
-        S = padded
-    if keep is None:
-        shape = (rows, x.shape[-1]) if _keeps_mask(branch.backend, branch.dropout_p) else (0,)
-        keep = x.new_empty(shape, dtype=torch.bool)
-    return S, keep
-
-
-@_linear_op.register_fake
-def _(x, weight, bias, A, B, e, *options):
-    dropout_p, backend, autocast = options[6], options[7], options[8]
-    y = x.new_empty((*x.shape[:-1], B.shape[0]), dtype=autocast or x.dtype)
-    return y, *_fake_saved(x, A, dropout_p, backend)
-
-
-@_add_op.register_fake
-def _(y, x, A, B, e, *options):
-    return y.new_empty(y.shape), *_fake_saved(x, A, options[6], options[7])
-
-
-@_backward_op.register_fake
-def _(dy, x, weight, bias, A, B, e, *options):
-    needs = options[-1]
-    return [
-        like.new_empty(like.shape) if needed else dy.new_empty(0)
-        for needed, like in zip(needs, (x, weight, bias, A, B, e), strict=True)
-    ]
-
-
-def _fake_saved(x, A, dropout_p, backend):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.numel() // x.shape[-1]
-    shape = (rows, x.shape[-1]) if _keeps_mask(backend, dropout_p) else (0,)
-    return x.new_empty((rows, A.shape[0]), dtype=wide), x.new_empty(shape, dtype=torch.bool)
-
-
-def _setup_linear(ctx, inputs, output):
-    x, weight, bias, A, B, e, active, prefix, trainable, seed, row_ids, *plain = inputs
-    _, S, keep = output
-    ctx.save_for_backward(x, weight, bias, A, B, e, S, keep, active, trainable, seed, row_ids)
-    ctx.prefix, ctx.plain = prefix, plain
-    ctx.set_materialize_grads(False)
-
-
-def _setup_add(ctx, inputs, output):
-    _, x, A, B, e, active, prefix, trainable, seed, row_ids, *plain = inputs
-    _, S, keep = output
-    ctx.save_for_backward(x, None, None, A, B, e, S, keep, active, trainable, seed, row_ids)
-    ctx.prefix, ctx.plain = prefix, plain
-    ctx.set_materialize_grads(False)
-
-
-def _op_grads(ctx, dy, needs):
-    """Gradients of x, weight, bias, A, B, e through the registered backward."""
-    if dy is None:
-        return [None] * 6
-    x, weight, bias, A, B, e, S, keep, active, trainable, seed, row_ids = ctx.saved_tensors
-    grads = _backward_op(
-        dy, x, weight, bias, A, B, e, S, keep,
-        active, ctx.prefix, trainable, seed, row_ids, *ctx.plain, list(needs),
-    )  # fmt: skip
-    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-
-
-def _linear_op_backward(ctx, dy, dS, dkeep):
-    return (*_op_grads(ctx, dy, ctx.needs_input_grad[:6]), *[None] * 10)
-
-
-def _add_op_backward(ctx, dy, dS, dkeep):
-    _, need_x, need_A, need_B, need_e = ctx.needs_input_grad[:5]
-    dx, _, _, dA, dB, de = _op_grads(ctx, dy, (need_x, False, False, need_A, need_B, need_e))
-    return (dy if ctx.needs_input_grad[0] else None, dx, dA, dB, de, *[None] * 10)
-
-
-_linear_op.register_autograd(_linear_op_backward, setup_context=_setup_linear)
-_add_op.register_autograd(_add_op_backward, setup_context=_setup_add)
+    _unsafe_view: what a Function returns as a view could not be modified in place by the caller.
+    """
+    if x.dim() == 2:
+        return out
+    return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
 
 class _LowRank(torch.autograd.Function):
@@ -439,10 +243,7 @@ class _LowRank(torch.autograd.Function):
         if y is not None:
             ctx.mark_dirty(y)
             return y
-        # _unsafe_view: a view made in here could not be modified in place by the caller
-        return (
-            out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], B.shape[0]])
-        )
+        return _shaped(out, x)
 
     @staticmethod
     @once_differentiable

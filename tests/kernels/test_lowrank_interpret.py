@@ -133,6 +133,18 @@ def test_autocast_and_bf16():
             )
 
 
+def test_precision_chooses_what_is_multiplied():
+    """fp32 adapters over a sixteen-bit x: an fp32-accurate branch, or the base's dtype."""
+    found = {}
+    for precision in ("peft", "compute"):
+        case = small(K=136, dtype=FP16, keywords={"precision": precision})
+        got, exact = run(fused, case), truth(small(K=136, dtype=FP16))
+        found[precision] = max(errors(got[n], exact[n])[0] for n in ("dA", "dB"))
+        assert got["dA"].dtype == F32
+    assert found["peft"] < 1e-6
+    assert 1e-5 < found["compute"] < 2e-3
+
+
 @pytest.mark.parametrize("R", [1, 17, 33, 64, 70, 130])
 def test_ranks_of_any_number(R, launches):
     """Padded tiles, one of every size, and several tiles of ranks."""
