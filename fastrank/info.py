@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrank._version import __version__
+from fastrank.errors import UsageError
 
 _EXTRAS = {
     "data": (("datasets", "hub data sets"), ("pyarrow", "Parquet files")),
@@ -67,10 +68,11 @@ def _kernels() -> str:
 def _encoder() -> str:
     from fastrank.data import encoder_path
 
-    weights = encoder_path() / "model.safetensors"
-    return (
-        f"yes ({weights.stat().st_size / 1e6:.1f} MB)" if weights.exists() else "no: not installed"
-    )
+    try:
+        weights = encoder_path() / "model.safetensors"
+    except UsageError as error:
+        return f"no: {error}"
+    return f"yes ({weights.stat().st_size / 1e6:.1f} MB)"
 
 
 def _version(package: str) -> str | None:
