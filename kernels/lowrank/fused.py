@@ -9,8 +9,8 @@
 Key decisions
 - No atomics: programs that share a reduction write parts, which are added in a fixed order.
 - S and U stay fp32 (a few bytes a row); operands are rounded to DOT once, right before a dot.
-- Ranks that are off are never loaded, and what a NaN in x could leave in them is overwritten by a
-  select: 0 * NaN is NaN. P never holds anything but zeros in their columns.
+- Ranks that are off are never loaded from A, B or e, and a NaN in x that reaches their columns of P
+  stays there: expand doesn't load them, and finish overwrites them by a select (0 * NaN is NaN).
 - Trained ranks read dropped x, frozen ones x as it is: two dots on one tile when both can occur.
 - Row and column offsets are int64. R, row counts and p are runtime values: no recompilation.
 """
@@ -145,8 +145,6 @@ def lowrank_shrink_kernel(
         acc = acc * inv_keep
         if MASKED:
             acc = tl.where(is_trained[None, :], acc, acc_frozen)
-    if MASKED:
-        acc = tl.where(on[None, :], acc, 0.0)
     p_part = part_ptr + (i_s * M + o_m[:, None]) * R + o_r[None, :]
     tl.store(p_part, acc, mask=m_m[:, None] & (o_r < R)[None, :])
 
@@ -328,8 +326,6 @@ def lowrank_dual_kernel(
         acc = tile_dot(tl.trans(b_x), b_p, acc, DOT, PRECISION, INTERPRET)
         b_s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         b_s = tile_dot(b_x, b_q, b_s, DOT, PRECISION, INTERPRET)
-        if MASKED:
-            b_s = tl.where(on[None, :], b_s, 0.0)
         p_s = shrunk_ptr + (i_w * M + o_m[:, None]) * R + o_r[None, :]
         tl.store(p_s, b_s, mask=m_m[:, None] & m_r[None, :])
 
