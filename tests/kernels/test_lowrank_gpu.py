@@ -97,10 +97,10 @@ def test_same_bits_twice():
     assert all(bits_equal(first[n], second[n]) for n in first)
 
 
-def test_dropout_draws_the_words_of_plain_torch():
+def test_dropout_draws_the_words_of_plain_torch(device):
     """Identity adapters show the dropped input itself."""
-    x = torch.ones(300, 64, device="cuda")
-    eye, seed = torch.eye(64, device="cuda"), torch.tensor([2**40 + 3], device="cuda")
+    x = torch.ones(300, 64, device=device)
+    eye, seed = torch.eye(64, device=device), torch.tensor([2**40 + 3], device=device)
     shown = lowrank_add(torch.zeros_like(x), x, eye, eye, dropout_p=0.3, seed=seed)
     assert torch.equal(shown != 0.0, dropout_keep(seed, 300, 64, 0.3))
 

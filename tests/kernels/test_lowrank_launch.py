@@ -1,0 +1,98 @@
+"""The launchers through Triton's own argument binding, for a GPU that is not here.
+
+A stand-in driver names the target; every launch is specialised and compiled but not run. This is
+what shows that row counts, ranks, masks and p are runtime values.
+"""
+
+import pytest
+import torch
+
+from fastrank.kernels.lowrank import core
+
+pytestmark = pytest.mark.aot
+
+KERNELS = [f"lowrank_{n}_kernel" for n in ("shrink", "expand", "gram", "dual", "finish")]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """(kernel, hash of what was compiled) of each distinct launch since the fixture began."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fastrank.kernels.lowrank import triton_path
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    seen = set()
+
+    class Compiled:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            assert all(n > 0 for n in grid)
+
+            def launch(**arguments):
+                found = self.kernel.run(grid=grid, warmup=True, **arguments)
+                seen.add((self.kernel.__name__, found.hash))
+
+            return launch
+
+    for name in KERNELS:
+        monkeypatch.setattr(triton_path, name, Compiled(getattr(triton_path, name)))
+    monkeypatch.setattr(driver, "_active", Driver())
+    return seen
+
+
+def step(M: int, p: float = 0.1, R: int = 8, active=None, row_ids=None) -> None:
+    """Forward and backward of fp32 adapters over a bf16 x."""
+    from fastrank.kernels.lowrank import triton_path
+
+    K = N = 256
+    x, y, dy = torch.zeros(M, K).bfloat16(), torch.zeros(M, N).bfloat16(), torch.zeros(M, N)
+    A, B, e, seed = torch.zeros(R, K), torch.zeros(N, R), torch.zeros(R), torch.tensor([1])
+    plain = (0.5, p, "triton", torch.bfloat16, "peft")
+    branch, aux = core.prepare(A, active, None, seed, row_ids, *plain)
+    triton_path.forward_(y, x, A, B, e, branch, aux)
+    S = torch.zeros(M, branch.kept)
+    needs = (True, True, True, True)
+    arguments = (dy.bfloat16(), x.clone(), x, A, B, e, S, None, branch, aux, needs)
+    triton_path.backward(*arguments, torch.bfloat16)
+
+
+def test_nothing_that_varies_in_training_recompiles(compiled):
+    step(128)
+    first = set(compiled)
+    assert {name for name, _ in first} == set(KERNELS)
+    step(129)
+    step(1)
+    step(70_001)
+    step(128, p=0.25)
+    step(128, active=3)
+    step(128, active=torch.arange(8) % 2 == 0)
+    step(128, row_ids=torch.arange(128))
+    assert compiled == first
+
+
+def test_ranks_share_a_tile(compiled):
+    """Another rank of the same tile compiles again only where a stride becomes a multiple of 16."""
+    step(128)
+    first = set(compiled)
+    step(128, R=12)
+    step(128, R=5)
+    assert compiled == first
+    step(128, R=16)
+    assert {name for name, _ in compiled - first} <= {
+        "lowrank_expand_kernel",
+        "lowrank_dual_kernel",
+        "lowrank_finish_kernel",
+    }
