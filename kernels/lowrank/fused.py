@@ -61,18 +61,16 @@ TILES: dict[tuple[str, str], dict[int, Tile]] = {
     # its parts cost 4 R / block_w of the read they save: only narrow ranks gain
     ("dual", "half"): {16: Tile(64, 256, 8, 3), 32: Tile(64, 256, 8, 3)},
     ("dual", "tf32"): {16: Tile(32, 128, 8, 2)},
-    ("dual", "ieee"): {16: Tile(32, 128, 8, 2)},
+    ("dual", "ieee"): {16: Tile(16, 128, 8, 2)},
     ("finish", "any"): {16: Tile(0, 64, 4, 2), 64: Tile(0, 64, 4, 2)},
 }
-# AMD: a compute unit has 64 KiB of shared memory, and two wide accumulators spill
+# AMD: a compute unit has 64 KiB of shared memory, and these two spill
 HIP_TILES = {
-    key: {
-        r: tile._replace(num_stages=min(tile.num_stages, 2))
-        for r, tile in tiles.items()
-        if (key[0], r) != ("dual", 32)
-    }
+    key: {r: tile._replace(num_stages=min(tile.num_stages, 2)) for r, tile in tiles.items()}
     for key, tiles in TILES.items()
 }
+HIP_TILES["shrink", "half"][64] = Tile(128, 32, 8, 2)
+del HIP_TILES["dual", "half"][32]
 
 
 @triton.jit(do_not_specialize=["M", "R", "trained", "chunk_tiles", "threshold", "id_rows"])
