@@ -15,7 +15,8 @@ KEY := $(shell echo "$(KERNELS)" | cksum | cut -d' ' -f1)
 DEMO := $(VENV)/.installed-plots-$(KEY)
 DEV := $(VENV)/.installed-dev-$(KEY)
 
-DEMO_ARGS ?=
+DEMO_ARGS ?= --num-clients 20 --clients-per-round 4 --num-rounds 8 --local-steps 10 --alpha 100 \
+	--max-eval-examples 400
 
 .PHONY: help demo test test-slow test-gpu lint clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +17,9 @@ class Callback:
 
     def on_stage(self, text: str) -> None:
         """A longer step begins (loading, partitioning, evaluating)."""
+
+    def on_progress(self, done: int, total: int, what: str) -> None:
+        """A part of the stage is done (harvesting text, package by package)."""
 
     def on_start(self, simulation: Simulation, rounds_done: int) -> None:
         """Everything is loaded; rounds begin after ``rounds_done`` finished ones."""
@@ -48,16 +52,38 @@ class ConsoleReport(Callback):
         self.bars: Progress | None = None
 
     def on_stage(self, text: str) -> None:
+        self.close()
         self.console.print(f"[dim]{text}[/dim]")
 
+    def on_progress(self, done: int, total: int, what: str) -> None:
+        if not self.console.is_terminal:
+            return
+        if self.bars is None:
+            self._start_bars()
+            self.stage_bar = self.bars.add_task("reading", total=total)
+        self.bars.update(self.stage_bar, completed=done, total=total, description=what.ljust(24))
+
     def on_start(self, simulation: Simulation, rounds_done: int) -> None:
+        self.close()
         self.total_rounds = simulation.config.num_rounds
+        sizes = sorted(len(indices) for indices in simulation.partition)
+        line = f"{len(sizes)} clients with {sizes[0]} to {sizes[-1]} examples"
+        report = simulation.model.report
+        if report is not None:
+            line += f"; {len(report.fused)} of {len(report.rows())} adapted modules fused"
+        self.console.print(line, soft_wrap=True)
         self.console.print()
         self.console.print(
             "[bold]" + "".join(name.rjust(width) for name, width in _WIDTHS.items()) + "[/bold]"
         )
         if not self.console.is_terminal:
             return
+        self._start_bars()
+        self.rounds_bar = self.bars.add_task("rounds ", total=self.total_rounds)
+        self.bars.update(self.rounds_bar, completed=rounds_done)
+        self.clients_bar = self.bars.add_task("clients", total=1)
+
+    def _start_bars(self) -> None:
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -66,9 +92,6 @@ class ConsoleReport(Callback):
             console=self.console,
             transient=True,
         )
-        self.rounds_bar = self.bars.add_task("rounds ", total=self.total_rounds)
-        self.bars.update(self.rounds_bar, completed=rounds_done)
-        self.clients_bar = self.bars.add_task("clients", total=1)
         self.bars.start()
 
     def on_round_start(self, round: int, cohort: list[int]) -> None:
@@ -99,7 +122,7 @@ class ConsoleReport(Callback):
 
     def on_end(self, summary: dict[str, Any]) -> None:
         self.close()
-        say = self.console.print
+        say = functools.partial(self.console.print, soft_wrap=True)
         say()
         start, final = summary["initial_accuracy"], summary["accuracy"]
         say(

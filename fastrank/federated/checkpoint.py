@@ -70,6 +70,12 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
         "format": FORMAT,
         "rounds_done": checkpoint.rounds_done,
         "head": list(checkpoint.state.head),
+        # safetensors gives names back in random order, and sums over them must not change
+        "order": {
+            "state.safetensors": list(checkpoint.state.tensors),
+            "server.safetensors": list(checkpoint.state.server),
+            "clients.safetensors": list(clients),
+        },
         "extra": checkpoint.state.extra,
         "rows": checkpoint.rows,
         "facts": checkpoint.facts,
@@ -129,7 +135,8 @@ def _load(path: Path) -> Checkpoint:
         data = (path / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != wanted:
             raise ValueError(f"{name} does not match its checksum")
-        tensors[name] = load_safetensors(data)
+        loaded = load_safetensors(data)
+        tensors[name] = {key: loaded[key] for key in meta["order"][name]}
     clients: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors["clients.safetensors"].items():
         client, name = key.split("/", 1)

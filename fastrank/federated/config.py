@@ -54,9 +54,9 @@ class Config:
     max_length: int = option(64, "data", "tokens an example is cut to", minimum=2)
 
     num_clients: int | None = option(None, "federation", "clients there are; default 20, or as many as --group-column has (natural)", minimum=1)
-    clients_per_round: int = option(5, "federation", "clients that train in each round", minimum=1)
-    num_rounds: int = option(10, "federation", "rounds", minimum=1)
-    partition: str = option("dirichlet", "federation", "how data is spread over clients", choices=PARTITIONS)
+    clients_per_round: int = option(4, "federation", "clients that train in each round", minimum=1)
+    num_rounds: int = option(8, "federation", "rounds", minimum=1)
+    partition: str | None = option(None, "federation", "how data is spread over clients; default dirichlet, iid where there are no labels", choices=PARTITIONS)
     alpha: float = option(1.0, "federation", "Dirichlet concentration: 0.1 is very uneven, 100 nearly even", above=0)
     min_partition_size: int = option(1, "federation", "fewest examples a client may have (Dirichlet)", minimum=1)
     dialect: str = option("flower", "federation", "Dirichlet per class over clients (flower) or per client over classes (inner)", choices=("flower", "inner"))

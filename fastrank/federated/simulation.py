@@ -35,6 +35,8 @@ from fastrank.federated.model import ResidentModel, load_resident
 from fastrank.federated.partition import make_partition
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fastrank.data import TextData
 
 
@@ -93,51 +95,13 @@ class Simulation:
 
     def prepare(self) -> ServerState:
         """Load data and model, split, encode, and let the method initialise; nothing is written."""
-        from fastrank.data import encode, load_data
+        from fastrank.data import encode
 
         config = self.config
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         if self.data is None:
-            self._tell("on_stage", f"loading data: {config.dataset}")
-            self.data = load_data(
-                config.dataset,
-                task=config.task,
-                text_column=config.text_column,
-                label_column=config.label_column,
-                prompt_column=config.prompt_column,
-                response_column=config.response_column,
-                messages_column=config.messages_column,
-                group_column=config.group_column,
-                test_dataset=config.test_dataset,
-                test_fraction=config.test_fraction,
-                split=config.split,
-                max_examples=config.max_examples,
-                seed=config.seed,
-            )
-        train = self.data.train
-        self.partition = make_partition(
-            self._partition if self._partition is not None else config.partition,
-            labels=train.labels,
-            groups=train.groups,
-            num_examples=len(train.examples),
-            num_clients=config.num_clients,
-            seed=config.seed,
-            alpha=config.alpha,
-            min_partition_size=config.min_partition_size,
-            dialect=config.dialect,
-            balance=config.balance,
-            classes_per_client=config.classes_per_client,
-            class_assignment_mode=config.class_assignment_mode,
-            shards_per_client=config.shards_per_client,
-            shard_size=config.shard_size,
-            keep_incomplete_shard=config.keep_incomplete_shard,
-        )
-        if len(self.partition) < config.clients_per_round:
-            raise UsageError(
-                f"clients_per_round is {config.clients_per_round} but the {config.partition} "
-                f"partition gives {len(self.partition)} clients; lower clients_per_round"
-            )
+            self.data = self._load_data()
         self._tell("on_stage", f"loading model: {config.model}")
         self.model = load_resident(
             config.model,
@@ -148,8 +112,9 @@ class Simulation:
             max_length=config.max_length,
         )
         tokenizer, task = self.model.tokenizer, self.data.task
-        self.train = encode(train, tokenizer, task, config.max_length)
+        self.train = encode(self.data.train, tokenizer, task, config.max_length)
         self.test = encode(self.data.test, tokenizer, task, config.max_length)
+        self.partition = self._split()
         state = self.method.init(self.model, config.seed)
         options = LocalOptions(
             seed=config.seed,
@@ -166,6 +131,66 @@ class Simulation:
         name = "sequential" if config.executor == "auto" else config.executor
         self.executor = EXECUTORS[name](self.model, self.train, self.partition, options)
         return state
+
+    def _load_data(self) -> TextData:
+        from fastrank.data import load_data
+
+        config = self.config
+        self._tell("on_stage", f"loading data: {config.dataset}")
+        return load_data(
+            config.dataset,
+            task=config.task,
+            text_column=config.text_column,
+            label_column=config.label_column,
+            prompt_column=config.prompt_column,
+            response_column=config.response_column,
+            messages_column=config.messages_column,
+            group_column=config.group_column,
+            test_dataset=config.test_dataset,
+            test_fraction=config.test_fraction,
+            split=config.split,
+            max_examples=config.max_examples,
+            seed=config.seed,
+            progress=lambda *progress: self._tell("on_progress", *progress),
+        )
+
+    def _split(self) -> list[np.ndarray]:
+        """Positions of each client's examples in the encoded training set."""
+        from fastrank.data import select
+
+        # a dialogue that lost its whole response to max_length is not there to be trained on
+        train = select(self.data.train, self.train.kept)
+        chosen = self._partition
+        if chosen is None:
+            default = "iid" if train.labels is None else "dirichlet"
+            self.config = dataclasses.replace(
+                self.config, partition=self.config.partition or default
+            )
+            chosen = self.config.partition
+        config = self.config
+        partition = make_partition(
+            chosen,
+            labels=train.labels,
+            groups=train.groups,
+            num_examples=len(train.examples),
+            num_clients=config.num_clients,
+            seed=config.seed,
+            alpha=config.alpha,
+            min_partition_size=config.min_partition_size,
+            dialect=config.dialect,
+            balance=config.balance,
+            classes_per_client=config.classes_per_client,
+            class_assignment_mode=config.class_assignment_mode,
+            shards_per_client=config.shards_per_client,
+            shard_size=config.shard_size,
+            keep_incomplete_shard=config.keep_incomplete_shard,
+        )
+        if len(partition) < config.clients_per_round:
+            raise UsageError(
+                f"clients_per_round is {config.clients_per_round} but the partition gives "
+                f"{len(partition)} clients; lower clients_per_round"
+            )
+        return partition
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides the run's bits, as config.json holds it (after ``prepare``)."""

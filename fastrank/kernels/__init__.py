@@ -1,4 +1,4 @@
-"""Kernels: tensors in, tensors out. Each op is a folder of kernels/ mapped to fastrank.kernels.<op>.
+"""Kernels: tensors in, tensors out. Each folder of kernels/ is mapped to fastrank.kernels.<op>.
 
     from fastrank.kernels.lowrank import lowrank_linear, lowrank_add
 
