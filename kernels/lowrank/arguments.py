@@ -72,6 +72,8 @@ def check_tensors(
         )
     if A.dtype != B.dtype:
         raise TypeError(f"A has dtype {A.dtype} but B {B.dtype}; cast one of them")
+    if A.shape[1] == 0 or B.shape[0] == 0:
+        raise ValueError(f"A has shape {_shape(A)} and B {_shape(B)}; K and N must be positive")
     if x.shape[-1] != A.shape[1]:
         raise ValueError(
             f"x has {x.shape[-1]} columns but A {A.shape[1]}; pass x [..., K] and A [R, K]"
@@ -178,7 +180,7 @@ def _compact(
         return len(order), len(trained), None
     # cached across calls, so it must not be born an inference tensor
     with torch.inference_mode(False):
-        index = torch.tensor(order, dtype=torch.int64).to(device)
+        index = torch.tensor(order, dtype=torch.int64, device=device)
     return len(order), len(trained), index
 
 

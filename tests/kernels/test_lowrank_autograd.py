@@ -112,6 +112,18 @@ def test_seeds_come_from_torchs_generator():
     assert not torch.equal(a, b)
 
 
+def test_inference_mode_leaves_nothing_behind():
+    """A mask first seen in inference mode is compacted by tensors that training may save."""
+    mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1], dtype=torch.bool)
+    case = Case(keywords={"active": mask, "dropout_p": 0.2, "seed": 1})
+    given = case.inputs()
+    with torch.inference_mode():
+        y = lowrank_linear(*(given[n] for n in NAMES[:5]), **case.keywords)
+    assert y.is_inference()
+    trained = run(lowrank_linear, case)
+    assert bits_equal(trained["y"], y.clone())
+
+
 def test_autocast_casts_as_linear_does():
     given = Case().inputs()
     with torch.autocast("cpu", BF16):
