@@ -155,15 +155,17 @@ def test_ranks_of_any_number(R, launches):
 
 def test_reductions_split_over_programs(launches, monkeypatch):
     """Long K, N and M: parts are added up in a fixed order, so twice gives the same bits."""
-    monkeypatch.setattr(triton_path, "compute_units", lambda device: 16)
-    case = Case(150, 200, 300, 4, with_e=True, keywords={"dropout_p": 0.1, "seed": 2})
-    compare(case)
+    monkeypatch.setattr(triton_path, "compute_units", lambda device: 8)
+    case = Case(70, 150, 260, 4, with_e=True, keywords={"dropout_p": 0.1, "seed": 2})
+    first, exact = run(fused, case), truth(case)
     grids = dict(launches)
     assert grids["lowrank_shrink_kernel"][2] > 1
     assert grids["lowrank_gram_kernel"][2] > 1
     assert grids["lowrank_dual_kernel"][1] > 1
-    first, second = run(fused, case), run(fused, case)
-    assert all(bits_equal(first[n], second[n]) for n in first)
+    second = run(fused, case)
+    for name, value in first.items():
+        assert errors(value, exact[name])[0] < 1e-6, name
+        assert bits_equal(value, second[name]), name
 
 
 ON = torch.tensor([1, 0, 1, 1, 0], dtype=torch.bool)
