@@ -17,11 +17,12 @@ def pytest_collection_modifyitems(items):
     interpret_only = pytest.mark.skip(reason="needs TRITON_INTERPRET=1 and its own process")
     no_gpu = pytest.mark.skip(reason="no CUDA or ROCm device")
     for item in items:
-        if "interpret" in item.keywords and not INTERPRET:
+        interprets = item.get_closest_marker("interpret") is not None
+        if interprets and not INTERPRET:
             item.add_marker(interpret_only)
-        elif "interpret" not in item.keywords and INTERPRET:
+        elif INTERPRET and not interprets:
             item.add_marker(compiled_only)
-        elif "gpu" in item.keywords and not torch.cuda.is_available():
+        elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
 
 
