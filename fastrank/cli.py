@@ -37,13 +37,22 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    _log_to_stderr()
     try:
         arguments = _parser(sys.argv[1:] if argv is None else argv)
         return arguments.run(arguments)
     except UsageError as error:
         print(f"fastrank: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _log_to_stderr() -> None:
+    """Our own warnings alone: other libraries keep the handlers they come with."""
+    logger = logging.getLogger("fastrank")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
 
 
 def _parser(argv: Sequence[str]) -> argparse.Namespace:

@@ -260,8 +260,9 @@ def load_resident(
     )
     overrides: dict[str, Any] = {}
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        tokenizer = prepare_tokenizer(transformers.AutoTokenizer.from_pretrained(path))
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(path)
+            tokenizer = prepare_tokenizer(transformers.AutoTokenizer.from_pretrained(path))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
