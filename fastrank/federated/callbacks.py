@@ -67,6 +67,12 @@ class ConsoleReport(Callback):
         self.close()
         self.total_rounds = simulation.config.num_rounds
         sizes = sorted(len(indices) for indices in simulation.partition)
+        data = simulation.data
+        self.console.print(
+            f"{len(data.train.examples):,} training and {len(data.test.examples):,} test texts, "
+            f"fingerprint {data.fingerprint[:12]}",
+            soft_wrap=True,
+        )
         line = f"{len(sizes)} clients with {sizes[0]} to {sizes[-1]} examples"
         report = simulation.model.report
         if report is not None:

@@ -37,8 +37,8 @@ def test_same_bits_after_a_kill_and_the_adapter_reproduces_the_accuracy(tmp_path
     from transformers import AutoTokenizer
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    other = start("1", *COMMAND, str(whole))
-    victim = start("2", *COMMAND, str(killed))
+    other = start("1", *COMMAND.format(folder=whole).split())
+    victim = start("2", *COMMAND.format(folder=killed).split())
     while not (killed / "checkpoints" / "round_0001").exists():
         assert victim.poll() is None
         time.sleep(0.02)
