@@ -15,16 +15,7 @@ from fastrank.federated.export import digest
 
 pytestmark = pytest.mark.slow
 
-COMMAND = [
-    "simulate",
-    "--num-rounds",
-    "3",
-    "--num-clients",
-    "8",
-    "--clients-per-round",
-    "4",
-    "--output-dir",
-]
+COMMAND = "simulate --num-rounds 3 --num-clients 8 --clients-per-round 4 --output-dir {folder}"
 
 
 def start(hashseed: str, *arguments: str) -> subprocess.Popen:
