@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastrank.federated.quiet import quiet
+
 if TYPE_CHECKING:
     from fastrank.federated.model import ResidentModel
+
+
+def save_result(resident: ResidentModel, folder: Path) -> Path:
+    """Write ``folder/adapter`` for a model with LoRA, else ``folder/model``; returns its path."""
+    with quiet():
+        if resident.report is not None:
+            return save_adapter(resident, folder)
+        return save_model(resident, folder / "model")
 
 
 def save_adapter(resident: ResidentModel, folder: Path) -> Path:
@@ -87,4 +97,4 @@ def _canonical(value: dict) -> str:
     return json.dumps(ordered(value), indent=2) + "\n"
 
 
-__all__ = ["digest", "save_adapter", "save_base", "save_model"]
+__all__ = ["digest", "save_adapter", "save_base", "save_model", "save_result"]

@@ -78,7 +78,7 @@ def train_client(
         group_by_length=options.group_by_length,
     )
     model.set_training(base_dropout=options.base_dropout)
-    total, seen = 0.0, 0
+    total, seen = torch.zeros((), dtype=torch.float64, device=model.device), 0
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -90,7 +90,7 @@ def train_client(
                 torch.nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                total += float(loss.detach()) * len(batch_indices)
+                total += loss.detach() * len(batch_indices)  # read once, after the last step
                 seen += len(batch_indices)
     finally:
         for parameter in parameters.values():
@@ -103,7 +103,7 @@ def train_client(
         tensors=model.read(plan.trainable),
         num_examples=len(indices),
         num_steps=len(batches),
-        train_loss=total / max(seen, 1),
+        train_loss=float(total) / max(seen, 1),
     )
 
 

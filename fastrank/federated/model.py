@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -207,17 +206,6 @@ class ResidentModel:
             for name, module in self.model.named_modules():
                 if name.endswith(".lora_dropout"):
                     module.train()
-
-    # -- results ---------------------------------------------------------------------------------
-
-    def export(self, folder: Path) -> Path:
-        """Write the model under ``folder``: ``adapter/`` for LoRA, else ``model/``; its path."""
-        from fastrank.federated.export import save_adapter, save_model
-
-        with quiet():
-            if self.report is not None:
-                return save_adapter(self, folder)
-            return save_model(self, folder / "model")
 
 
 def load_resident(

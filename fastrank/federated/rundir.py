@@ -17,6 +17,7 @@ import torch
 from fastrank._version import __version__
 from fastrank.errors import UsageError
 from fastrank.federated.checkpoint import Checkpoint, write_atomic
+from fastrank.federated.export import save_result
 from fastrank.federated.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def finish(
     folder, rows, model = simulation.output_dir, checkpoint.rows, simulation.model
     ledger = Ledger(rows)
     ledger.write(folder / "rounds.csv")
-    result = model.export(folder)
+    result = save_result(model, folder)
     seq_cls = simulation.data.task == "seq-cls"
     summary = {
         "method": simulation.config.method,
