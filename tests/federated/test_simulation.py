@@ -459,6 +459,7 @@ def test_natural_partition_and_live_objects(options):
         ({"partition": "natural", "num_clients": None}, "group"),
         ({"task": "causal-lm", "partition": "dirichlet"}, "causal|label"),
         ({"method": "head-only", "head": "freeze"}, "head-only needs a task head"),
+        ({"method": "fedavg", "dtype": "bfloat16"}, "needs float32"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
 )

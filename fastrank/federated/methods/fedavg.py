@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
+from fastrank.errors import UsageError
 from fastrank.federated.methods.base import Method, ServerState
 
 if TYPE_CHECKING:
@@ -23,6 +26,12 @@ class FedAvg(Method):
     default_learning_rate: ClassVar[float] = 3e-4
 
     def init(self, model: ResidentModel, seed: int) -> ServerState:
+        narrow = {p.dtype for p in model.model.parameters()} - {torch.float32}
+        if narrow:
+            raise UsageError(
+                f"{self.name} trains every weight and needs float32 ones, but the model is held in "
+                f"{narrow.pop()}: small updates would round away; use --dtype float32"
+            )
         head = model.head_names() if self.head == "train" else []
         return ServerState(tensors=model.read(model.base_names() + head), head=tuple(head))
 
