@@ -7,7 +7,6 @@ parameters.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fastrank.data import Encoded, TextData
-
-_log = logging.getLogger("fastrank")
 
 # classifier heads under the names transformers gives them, for checkpoints that bring their own
 _HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head")

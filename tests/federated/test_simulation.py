@@ -16,7 +16,7 @@ from fastrank.federated import Callback, Simulation
 from fastrank.federated.checkpoint import list_checkpoints
 from fastrank.federated.export import digest
 from fastrank.federated.local import LocalOptions, task_loss
-from fastrank.federated.methods import FedIT, make_method
+from fastrank.federated.methods import FedIT
 from fastrank.federated.simulation import find_device
 
 
@@ -487,11 +487,6 @@ def test_methods_document_every_option():
     for cls in METHODS.values():
         for field in dataclasses.fields(cls):
             assert len(_attribute_help(cls, field.name)) > 10
-
-
-def test_unknown_method_option():
-    with pytest.raises(UsageError, match="has no option 'rank'"):
-        make_method("fedit", {"rank": 3})
 
 
 def test_local_options_follow_the_configuration(options):

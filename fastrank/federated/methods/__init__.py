@@ -1,8 +1,6 @@
 """Federated methods by name; one short file each."""
 
-import dataclasses
 import difflib
-from typing import Any
 
 from fastrank.errors import UsageError
 from fastrank.federated.methods.base import (
@@ -30,7 +28,6 @@ __all__ = [
     "ServerState",
     "Update",
     "find_method",
-    "make_method",
     "weighted_mean",
 ]
 
@@ -42,15 +39,3 @@ def find_method(name: str) -> type[Method]:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UsageError(f"no method named {name!r}{hint}; the methods are {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
-    """The method of that name with these options; unknown options are a UsageError."""
-    cls = find_method(name)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    for key in options or {}:
-        if key not in fields:
-            raise UsageError(
-                f"method {name} has no option {key!r}; its options are {', '.join(sorted(fields))}"
-            )
-    return cls(**(options or {}))

@@ -6,6 +6,7 @@ from 0 here, as t in the papers; ``rounds.csv`` counts from 1.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -76,7 +77,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """Options every method has; see the subclass for its own.
 
     Attributes:
@@ -114,11 +115,13 @@ class Method:
 
     # -- the server's side ---------------------------------------------------------------------
 
+    @abstractmethod
     def init(self, model: ResidentModel, seed: int) -> ServerState:
         """Give the resident model its trainable parts and return their first values."""
-        raise NotImplementedError  # every registered method defines it
 
-    def arrange(self, model: ResidentModel, state: ServerState, round: int) -> None:
+    def arrange(  # noqa: B027  a hook, empty unless a method changes shape between rounds
+        self, model: ResidentModel, state: ServerState, round: int
+    ) -> None:
         """Bring the resident model into the shape this round needs (nothing, for most methods)."""
 
     def shares_base(self, round: int) -> bool:
