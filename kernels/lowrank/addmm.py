@@ -11,6 +11,7 @@ run 3 to 20 times faster in fp32 than in bf16, and S, U and all gradients keep f
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastrank.kernels.common import dropout_keep
@@ -63,7 +64,22 @@ def _mean_factor(branch: Branch, aux: Aux) -> float:
     return 65536.0 / (65536 - _dropped_of_65536(branch.dropout_p))
 
 
-def forward_(
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    e: Tensor | None,
+    branch: Branch,
+    aux: Aux,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Base and branch: y `[M, N]`, then what add_ returns."""
+    y = F.linear(x, weight, bias)
+    return y, *add_(y, x, A, B, e, branch, aux)
+
+
+def add_(
     y: Tensor,
     x: Tensor,
     A: Tensor,
@@ -116,7 +132,7 @@ def _shrink_block(S: Tensor, x: Tensor, A: Tensor, keep: Tensor | None, trained:
 
 def backward(
     dy: Tensor,
-    dx: Tensor | None,
+    weight: Tensor | None,
     x: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -132,10 +148,10 @@ def backward(
 
     Args:
         dy: `[M, N]`.
-        dx: the base's share `[M, K]`, to which the branch's is added in place; None for no base.
+        weight: `[N, K]`; None for no base.
         x: `[M, K]`; needed for dA.
-        S: from forward_; needed for dB, and for de where neither dA nor dB is asked for.
-        keep: from forward_.
+        S: from linear or add_; needed for dB, and for de where neither dA nor dB is asked for.
+        keep: from linear or add_.
         needs: which of dx, dA, dB, de are wanted.
         dx_dtype: of a dx that is made here.
     """
@@ -148,7 +164,8 @@ def backward(
     from_rows = need_de and not (need_dA or need_dB)
     need_U = need_dx or need_dA or from_rows
 
-    add = dx is not None
+    add = weight is not None
+    dx = dy @ weight if need_dx and add else None
     if need_dx and not add:
         dx = torch.empty(dy.shape[0], A.shape[1], dtype=dx_dtype, device=dy.device)
     G = torch.zeros(B.shape[0], t, dtype=wide, device=dy.device) if need_dB else None

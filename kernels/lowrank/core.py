@@ -77,15 +77,16 @@ def forward(
     With y given the base is y, written in place (any number of dimensions).
     """
     with _no_autocast(x.device):
-        out = F.linear(x, weight, bias) if y is None else y
         if x.shape[0] == 0 or branch.kept == 0:
-            return out, None, None
-        # a copy where y has odd strides
-        flat = out if out.dim() == 2 and y is None else out.reshape(-1, B.shape[0])
-        S, keep = _implementation(branch.backend).forward_(flat, x, A, B, e, branch, aux)
-        if y is not None and not y.is_contiguous():
+            return F.linear(x, weight, bias) if y is None else y, None, None
+        path = _implementation(branch.backend)
+        if y is None:
+            return path.linear(x, weight, bias, A, B, e, branch, aux)
+        flat = y.reshape(-1, B.shape[0])  # a copy where y has odd strides
+        S, keep = path.add_(flat, x, A, B, e, branch, aux)
+        if not y.is_contiguous():
             y.copy_(flat.view(y.shape))
-    return out, S, keep
+    return y, S, keep
 
 
 def backward(
@@ -113,14 +114,14 @@ def backward(
         dy = dy.contiguous()  # what .sum() sends back; vendor products would copy it each time
     grads: list[Tensor | None] = [None] * 6
     with _no_autocast(dy.device):
-        if need_x and weight is not None:
-            grads[0] = dy @ weight
         if need_weight:
             grads[1] = dy.t() @ x
         if need_bias:
             grads[2] = dy.sum(0)
         if dy.shape[0] == 0 or branch.kept == 0:
-            if need_x and weight is None:
+            if need_x and weight is not None:
+                grads[0] = dy @ weight
+            elif need_x:
                 grads[0] = torch.zeros(dy.shape[0], A.shape[1], dtype=dx_dtype, device=dy.device)
             for place, needed, tensor in ((3, need_A, A), (4, need_B, B), (5, need_e, e)):
                 if needed:
@@ -128,7 +129,7 @@ def backward(
         elif need_x or need_A or need_B or need_e:
             needs = (need_x, need_A, need_B, need_e)
             grads[0], *grads[3:] = _implementation(branch.backend).backward(
-                dy, grads[0], x, A, B, e, S, keep, branch, aux, needs, dx_dtype
+                dy, weight, x, A, B, e, S, keep, branch, aux, needs, dx_dtype
             )
         if need_x:
             grads[0] = grads[0].to(dx_dtype)

@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
@@ -354,7 +355,22 @@ def finish(
     return None if de is None else _sum_parts(de)
 
 
-def forward_(
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    e: Tensor | None,
+    branch: Branch,
+    aux: Aux,
+) -> tuple[Tensor, Tensor, None]:
+    """Base and branch: y `[M, N]`, then what add_ returns."""
+    y = F.linear(x, weight, bias)
+    return y, *add_(y, x, A, B, e, branch, aux)
+
+
+def add_(
     y: Tensor,
     x: Tensor,
     A: Tensor,
@@ -363,7 +379,7 @@ def forward_(
     branch: Branch,
     aux: Aux,
 ) -> tuple[Tensor, None]:
-    """Add the branch to y `[M, N]` in place; return S `[M, kept]`. Arguments as addmm.forward_."""
+    """Add the branch to y `[M, N]` in place; return S `[M, kept]`. Arguments as addmm.add_."""
     call, A, B, e = _start(x.dtype, A, B, e, branch, aux)
     S = shrink(call, x, A, A.stride(), call.dropout)
     expand_(call, y, S, B, B.stride()[::-1], e, branch.scale, dropout=False, add=True)
@@ -372,7 +388,7 @@ def forward_(
 
 def backward(
     dy: Tensor,
-    dx: Tensor | None,
+    weight: Tensor | None,
     x: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -398,6 +414,7 @@ def backward(
     need_U = need_dx or need_dA or from_rows
     B_strides = B.stride()[::-1]
 
+    dx = dy @ weight if need_dx and weight is not None else None
     U = G = dA = dB = de = None
     if need_U and need_dB and fits_dual(call, *dy.shape):
         U, G = dual(call, dy, S, B, B_strides)
@@ -418,7 +435,7 @@ def backward(
     if from_rows:
         de = _masked_row_sum(call, U, S)
     if need_dx:
-        add = dx is not None
+        add = weight is not None
         if not add:
             dx = torch.empty(dy.shape[0], A.shape[1], dtype=dx_dtype, device=dy.device)
         expand_(call, dx, U, A, A.stride(), e, branch.scale, call.dropout, add)

@@ -62,10 +62,11 @@ def step(M: int, p: float = 0.1, R: int = 8, active=None, row_ids=None) -> None:
     A, B, e, seed = torch.zeros(R, K), torch.zeros(N, R), torch.zeros(R), torch.tensor([1])
     plain = (0.5, p, "triton", torch.bfloat16, "peft")
     branch, aux = core.prepare(A, active, None, seed, row_ids, *plain)
-    triton_path.forward_(y, x, A, B, e, branch, aux)
+    triton_path.add_(y, x, A, B, e, branch, aux)
     S = torch.zeros(M, branch.kept)
     needs = (True, True, True, True)
-    arguments = (dy.bfloat16(), x.clone(), x, A, B, e, S, None, branch, aux, needs)
+    weight = torch.zeros(N, K).bfloat16()
+    arguments = (dy.bfloat16(), weight, x, A, B, e, S, None, branch, aux, needs)
     triton_path.backward(*arguments, torch.bfloat16)
 
 
