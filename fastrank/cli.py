@@ -1,4 +1,4 @@
-"""The command line: ``fastrank simulate | resume | info``.
+"""The command line: ``fastrank simulate | resume | bench | info``.
 
 Exit status: 0 done, 1 a failure inside (with its traceback), 2 bad input (one line), 130 Ctrl-C.
 """
@@ -89,6 +89,14 @@ def _parser(argv: Sequence[str]) -> argparse.Namespace:
     resume.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder")
     resume.set_defaults(run=_resume)
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure the kernels against what they replace",
+        description="Measure speed, memory and error, every variant in turn in one run.",
+    )
+    if argv and argv[0] == "bench":
+        _add_benches(bench)
+
     info = commands.add_parser(
         "info",
         help="versions, devices, and what works on this machine",
@@ -128,6 +136,25 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         if len(seen[key]) < len(METHODS):
             text += f" [{', '.join(seen[key])}]"
         _add_flag(group, f, text)
+
+
+def _add_benches(parser: argparse.ArgumentParser) -> None:
+    """One sub-command for each benchmark; options not given are left to its defaults."""
+    from fastrank.bench import BENCHES, load
+
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name in BENCHES:
+        module = load(name)
+        one = names.add_parser(
+            name,
+            help=module.__doc__.splitlines()[0].partition(": ")[2],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        module.add_options(one)
+        one.set_defaults(run=_bench)
 
 
 def _add_flag(group: Any, f: dataclasses.Field, text: str) -> None:
@@ -226,6 +253,22 @@ def _print_options(console: Any, config: Any, method: Any) -> None:
             cells.append(f"[bold]{text}[/bold]" if changed else text)
         table.add_row(f"[dim]{title}[/dim]", "  ".join(cells))
     console.print(table)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """Exit status 1 where a row failed: the others are in the file."""
+    from fastrank.bench import run
+    from fastrank.bench.results_file import failures
+
+    given = vars(arguments)
+    options = {k: v for k, v in given.items() if k not in ("run", "command", "name")}
+    try:
+        results = run(given["name"], **options)
+    except KeyboardInterrupt:
+        if "out" in options:
+            print(f"\ninterrupted; {options['out']} holds what is done", file=sys.stderr)
+        return 130
+    return 1 if failures(results["rows"]) else 0
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,239 @@
+"""`fastrank bench lowrank`: a training step of one adapted linear layer, against PEFT's.
+
+Each case times the frozen base, PEFT's layer, the same layer after `fastrank.patch`, and on a GPU
+other published schedules, interleaved in one run. Rows compare fastrank with each of them, and each
+with the frozen base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrank.bench import harness, timing, variants
+from fastrank.bench.cases import DTYPES, Case, Operands
+from fastrank.bench.environment import environment, pick_device
+from fastrank.bench.progress import Budget, Report, milliseconds
+from fastrank.bench.results_file import Results, Row, failures
+from fastrank.bench.variants import Builder
+from fastrank.errors import UsageError
+
+DEFAULTS: dict[str, Any] = {
+    "device": "cpu",
+    "quick": False,
+    "threads": None,
+    "seconds": None,
+    "out": None,
+    "resume": False,
+}
+_COLUMNS = (
+    ("case", 46),
+    ("mode", 10),
+    ("frozen ms", 10),
+    ("peft ms", 10),
+    ("fastrank ms", 11),
+    ("peft/fastrank", 13),
+    ("over frozen", 11),
+)
+# of the whole grid: minutes below the ten that it may take, for what the plan did not foresee
+_SECONDS = {"cpu": 480.0, "cuda": 1200.0}
+
+
+def cpu_cases(quick: bool) -> list[Case]:
+    """The grid of encoder-sized layers; quick: a few small cells of every kind."""
+    rows = (64,) if quick else (128, 1024, 4096)
+    shapes = ((96, 96), (96, 160)) if quick else ((384, 384), (768, 768), (768, 3072), (2048, 2048))
+    ranks = (4,) if quick else (4, 16, 64)
+    grid = product(rows, shapes, ranks, DTYPES, (0.0, 0.1))
+    return [Case(M, K, N, R, dtype, p) for M, (K, N), R, dtype, p in grid]
+
+
+def cuda_cases(quick: bool) -> list[Case]:
+    raise UsageError("the CUDA grid is not written yet")
+
+
+def builders(device: torch.device, case: Case) -> dict[str, Builder]:
+    """Variant name -> builder, in the order of the first round."""
+    return {"frozen": variants.frozen, "peft": variants.peft, "fastrank": variants.fastrank}
+
+
+def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(variant, baseline) of a case's rows: fastrank over all, and all others over the frozen."""
+    others = [name for name in names if name != "fastrank"]
+    found = [("fastrank", name) for name in others]
+    return found + [(name, "frozen") for name in others if name != "frozen"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command line's options; their defaults are DEFAULTS."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cpu")
+    parser.add_argument("--quick", action="store_true", help="a few small cases, seconds")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="time to spend, about (480 on a CPU)"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="where the rows go")
+    parser.add_argument("--resume", action="store_true", help="go on with the cases FILE lacks")
+
+
+def run(
+    *,
+    device: str,
+    quick: bool,
+    threads: int | None,
+    seconds: float | None,
+    out: str | Path | None,
+    resume: bool,
+) -> dict[str, Any]:
+    """Measure the grid of a device; see `fastrank.bench.run`."""
+    where = pick_device(device)
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads is {threads}; give at least 1")
+    if seconds is not None and not seconds > 0:
+        raise UsageError(f"--seconds is {seconds}; give a positive number")
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        cases = cpu_cases(quick) if where.type == "cpu" else cuda_cases(quick)
+        path = None if out is None else Path(out)
+        results = Results(path, environment(where), resume=resume)
+        results.write()
+        seconds = seconds or (30.0 if quick else _SECONDS[where.type])
+        measure_cases(cases, where, results, seconds)
+        return results.content()
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_cases(
+    cases: Sequence[Case],
+    device: torch.device,
+    results: Results,
+    seconds: float,
+    deadline: float = math.inf,
+) -> bool:
+    """Measure the cases that `results` lacks.
+
+    Args:
+        seconds: to spend on them, about.
+        deadline: `time.monotonic()` after which no other case is begun.
+
+    Returns:
+        Whether all of them are measured.
+    """
+    modes = harness.MODES if device.type == "cuda" else harness.MODES[:1]
+    cases = [c for c in cases if not all(results.has(c.name, mode) for mode in modes)]
+    clock = timing.clock_for(device)
+    _warm_up(device)
+    weights = _weights(cases, device)
+    budget = Budget(seconds, weights)
+    with Report(_COLUMNS) as report:
+        where = results.environment
+        report.line(
+            f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+            f"peft {where['peft']}, fastrank {where['fastrank']}"
+        )
+        about = max(seconds, sum(weights)) / 60
+        report.line(f"{len(cases)} cases, about {about:.1f} minutes")
+        report.start(len(cases))
+        for case in cases:
+            if time.monotonic() > deadline:
+                return False
+            _measure_case(case, device, clock, budget.next(), modes, results, report)
+        report.close()
+        for line in summary(results.rows):
+            report.line(line)
+    return True
+
+
+def _warm_up(device: torch.device) -> None:
+    """Imports, thread pools and the profiler's start, on no case's account."""
+    case = Case(64, 64, 64, 4, "float32")
+    harness.Cell(case, builders(device, case), device).prepare()
+
+
+def _measure_case(
+    case: Case,
+    device: torch.device,
+    clock: timing.Clock,
+    seconds: float,
+    modes: Sequence[str],
+    results: Results,
+    report: Report,
+) -> None:
+    begin = time.monotonic()
+    made = builders(device, case)
+    cell = harness.Cell(case, made, device)
+    cell.prepare()
+    left = max(0.0, seconds - (time.monotonic() - begin))
+    found_rows = []
+    for mode in modes:
+        found = cell.measure(mode, clock, left / len(modes))
+        rows = harness.rows("lowrank", case.as_dict(), mode, found, pairs(list(made)))
+        found_rows += rows
+        report.row(_cells(case, mode, rows))
+    results.add(found_rows)
+
+
+def _weights(cases: Sequence[Case], device: torch.device) -> list[float]:
+    """Seconds that three rounds of each case take at least, by a short calibration."""
+    rate = {case.dtype: 0.0 for case in cases}
+    for dtype in rate:
+        case = Case(1024, 768, 768, 4, dtype)
+        step = variants.frozen(case, Operands.of(case, device))
+        clock = timing.clock_for(device)
+        clock.seconds(step, 2)
+        rate[dtype] = case.frozen_flops / min(clock.seconds(step, 1) for _ in range(3))
+    # about nine steps of warm-up, error and memory, and three variants of 1.5 frozen steps
+    return [0.5 + 3 * 1.5 * 9 * case.frozen_flops / rate[case.dtype] for case in cases]
+
+
+def _cells(case: Case, mode: str, rows: Sequence[Row]) -> list[str]:
+    by = {(row["variant"], row["baseline"]): row for row in rows}
+    over_peft, over_frozen = by["fastrank", "peft"], by["fastrank", "frozen"]
+    if "skipped" in over_peft:
+        return [case.name, mode, f"skipped: {over_peft['skipped']}"]
+    return [
+        case.name,
+        mode,
+        milliseconds(over_frozen["baseline_median_s"]),
+        milliseconds(over_peft["baseline_median_s"]),
+        milliseconds(over_peft["median_s"]),
+        f"{over_peft['speedup']:.2f}",
+        f"{1 / over_frozen['speedup'] - 1:+.0%}",
+    ]
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """Lines about PEFT over fastrank: geometric mean, lowest case, cases below 1 and 0.97."""
+    lines = []
+    for mode in harness.MODES:
+        taken = [
+            row
+            for row in rows
+            if row["mode"] == mode
+            and (row["variant"], row["baseline"]) == ("fastrank", "peft")
+            and "skipped" not in row
+        ]
+        if not taken:
+            continue
+        ratios = [row["speedup"] for row in taken]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        lowest = min(taken, key=lambda row: row["speedup"])
+        lines.append(
+            f"{mode}: PEFT / fastrank over {len(taken)} cases: geometric mean {mean:.3f}, "
+            f"lowest {lowest['speedup']:.3f} ({lowest['case']['name']}), "
+            f"{sum(r < 1 for r in ratios)} below 1, {sum(r < 0.97 for r in ratios)} below 0.97"
+        )
+    skipped = sum("skipped" in row for row in rows)
+    if skipped:
+        lines.append(f"{skipped} rows skipped, {failures(rows)} of them failures")
+    return lines

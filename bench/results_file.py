@@ -1,0 +1,147 @@
+"""The file that a benchmark writes: `environment` and `rows`, whole at every moment."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastrank.errors import UsageError
+
+_IDENTITY = ("bench", "case", "mode", "variant", "baseline")
+_NUMBERS = (
+    "median_s",
+    "q20_s",
+    "q80_s",
+    "baseline_median_s",
+    "speedup",
+    "peak_bytes",
+    "baseline_peak_bytes",
+    "error",
+    "baseline_error",
+)
+_NULLABLE = ("peak_bytes", "baseline_peak_bytes", "error", "baseline_error")
+
+Row = dict[str, Any]
+
+
+class Results:
+    """Rows of one benchmark, written after every change.
+
+    Args:
+        path: the file, or None to keep the rows in memory alone.
+        environment: where the rows come from.
+        resume: take up the rows of an earlier run that are in the file. They must come from the
+            same device and versions; the first run's environment stays.
+
+    Raises:
+        UsageError: the file can't be read or written, or comes from elsewhere.
+    """
+
+    def __init__(
+        self, path: Path | None, environment: Mapping[str, Any], *, resume: bool = False
+    ) -> None:
+        self.path, self.environment, self.rows = path, dict(environment), []
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"--out {path}: {path.parent} is no folder; make it, or give another")
+        if path is not None and path.is_dir():
+            raise UsageError(f"--out {path} is a folder; give a file's name")
+        if resume and path is not None and path.exists():
+            before = read(path)
+            _refuse_other_origin(path, before["environment"], self.environment)
+            self.environment, self.rows = before["environment"], before["rows"]
+        self._done = {(row["case"]["name"], row["mode"]) for row in self.rows}
+
+    def has(self, name: str, mode: str) -> bool:
+        """Whether a case has rows of that mode, skipped ones included."""
+        return (name, mode) in self._done
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Check rows, append them and write the file.
+
+        Raises:
+            ValueError: a row that is not as `check_row` wants it.
+        """
+        for row in rows:
+            check_row(row)
+            self.rows.append(row)
+            self._done.add((row["case"]["name"], row["mode"]))
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file by the present rows."""
+        if self.path is None:
+            return
+        from fastrank.federated.checkpoint import write_atomic
+
+        text = json.dumps(self.content(), indent=1, allow_nan=False)
+        try:
+            write_atomic(self.path, f"{text}\n".encode())
+        except OSError as error:
+            raise UsageError(f"{self.path} can't be written: {error.strerror}") from error
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"environment": self.environment, "rows": self.rows}
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Every row says what ran and either how fast or why not.
+
+    Raises:
+        ValueError: a key is missing or holds something else than was wanted.
+    """
+    missing = [key for key in _IDENTITY if key not in row]
+    if missing:
+        raise ValueError(f"row lacks {', '.join(missing)}: {dict(row)}")
+    if not isinstance(row["case"], Mapping) or not isinstance(row["case"].get("name"), str):
+        raise ValueError(f"case is {row['case']!r}; wanted an object with a name")
+    if "skipped" in row:
+        if not isinstance(row["skipped"], str) or not row["skipped"]:
+            raise ValueError(f"skipped is {row['skipped']!r}; wanted the reason in words")
+        return
+    for key in _NUMBERS:
+        if key not in row:
+            raise ValueError(f"row lacks {key}: {dict(row)}")
+        value = row[key]
+        if value is None and key in _NULLABLE:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{key} is {value!r}; wanted a number")
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{key} is {value}; wanted a finite number that is not negative")
+
+
+def failures(rows: Iterable[Row]) -> int:
+    """Rows that could not be measured because something went wrong, not because it isn't there."""
+    return sum(": failed: " in row.get("skipped", "") for row in rows)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file, checked.
+
+    Raises:
+        UsageError: there is none, or it is something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        rows = content["rows"]
+        content["environment"]["device"]
+        for row in rows:
+            check_row(row)
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}; give a results file") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is no results file of fastrank bench ({error})") from error
+    return content
+
+
+def _refuse_other_origin(path: Path, before: Mapping, now: Mapping) -> None:
+    for key in ("device", "torch", "triton", "peft", "fastrank", "commit", "threads"):
+        if before.get(key) != now.get(key):
+            raise UsageError(
+                f"{path} was measured with {key} {before.get(key)}, here it is {now.get(key)}; "
+                "write to another file"
+            )
