@@ -59,6 +59,9 @@ class Oracle:
         if not step.trained:
             return {"y": self._y, "dx": self._dx}
         A, B = (step.trained[name].detach().double() for name in ("dA", "dB"))
+        if step.active is not None:
+            # a product with zeros on both sides has zero gradients for both
+            A, B = A * step.active[:, None], B * step.active
         kept = self._x if factor is None else self._x * factor
         S, U = kept @ A.T, (self._dy @ B) * step.scale
         share = U @ A if factor is None else (U @ A) * factor

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,8 @@ class LayerStep:
         trained: name of its gradient ("dA", "dB") -> parameter.
         scale: of the branch.
         autocast: dtype of the autocast region around the forward, or None.
+        frozen: what else the layer holds, where it is no module: its weight.
+        active: ranks that exist, bool `[R]` on x's device; None for all.
     """
 
     layer: Callable[[Tensor], Tensor]
@@ -113,6 +115,8 @@ class LayerStep:
     trained: dict[str, Tensor] = field(default_factory=dict)
     scale: float = 1.0
     autocast: torch.dtype | None = None
+    frozen: Sequence[Tensor] = ()
+    active: Tensor | None = None
 
     def __call__(self) -> Tensor:
         self.clear()
@@ -135,7 +139,7 @@ class LayerStep:
     def on(self, x: Tensor, dy: Tensor) -> LayerStep:
         """The same layer on other rows."""
         x = x.detach().clone().requires_grad_()
-        return LayerStep(self.layer, x, dy, self.trained, self.scale, self.autocast)
+        return replace(self, x=x, dy=dy)
 
     def outputs(self) -> dict[str, Tensor]:
         """y and every gradient of one step."""
@@ -148,4 +152,4 @@ class LayerStep:
     def held(self) -> list[Tensor]:
         """Tensors that exist before the step and that autograd may save."""
         own = list(self.layer.parameters()) if isinstance(self.layer, torch.nn.Module) else []
-        return [self.x, self.dy, *self.trained.values(), *own]
+        return [self.x, self.dy, *self.trained.values(), *own, *self.frozen]

@@ -8,26 +8,27 @@ with the frozen base.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import time
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastrank.bench import harness, timing, variants
-from fastrank.bench.cases import DTYPES, Case, Operands
+from fastrank.bench import grids, harness, timing, variants
+from fastrank.bench.cases import Case, Operands
 from fastrank.bench.environment import environment, pick_device
 from fastrank.bench.progress import Budget, Report, milliseconds
+from fastrank.bench.rank_sweep import measure as measure_sweep
 from fastrank.bench.results_file import Results, Row, failures
-from fastrank.bench.variants import Builder
 from fastrank.errors import UsageError
 
 DEFAULTS: dict[str, Any] = {
     "device": "cpu",
     "quick": False,
+    "rank_sweep": False,
     "threads": None,
     "seconds": None,
     "out": None,
@@ -43,38 +44,16 @@ _COLUMNS = (
     ("over frozen", 11),
 )
 # of the whole grid: minutes below the ten that it may take, for what the plan did not foresee
-_SECONDS = {"cpu": 480.0, "cuda": 1200.0}
-
-
-def cpu_cases(quick: bool) -> list[Case]:
-    """The grid of encoder-sized layers; quick: a few small cells of every kind."""
-    rows = (64,) if quick else (128, 1024, 4096)
-    shapes = ((96, 96), (96, 160)) if quick else ((384, 384), (768, 768), (768, 3072), (2048, 2048))
-    ranks = (4,) if quick else (4, 16, 64)
-    grid = product(rows, shapes, ranks, DTYPES, (0.0, 0.1))
-    return [Case(M, K, N, R, dtype, p) for M, (K, N), R, dtype, p in grid]
-
-
-def cuda_cases(quick: bool) -> list[Case]:
-    raise UsageError("the CUDA grid is not written yet")
-
-
-def builders(device: torch.device, case: Case) -> dict[str, Builder]:
-    """Variant name -> builder, in the order of the first round."""
-    return {"frozen": variants.frozen, "peft": variants.peft, "fastrank": variants.fastrank}
-
-
-def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(variant, baseline) of a case's rows: fastrank over all, and all others over the frozen."""
-    others = [name for name in names if name != "fastrank"]
-    found = [("fastrank", name) for name in others]
-    return found + [(name, "frozen") for name in others if name != "frozen"]
+_SECONDS = {"cpu": 480.0, "cuda": 400.0}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line's options; their defaults are DEFAULTS."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cpu")
     parser.add_argument("--quick", action="store_true", help="a few small cases, seconds")
+    parser.add_argument(
+        "--rank-sweep", action="store_true", help="instead: one layer as its ranks are pruned"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
         "--seconds", type=float, metavar="S", help="time to spend, about (480 on a CPU)"
@@ -87,6 +66,7 @@ def run(
     *,
     device: str,
     quick: bool,
+    rank_sweep: bool,
     threads: int | None,
     seconds: float | None,
     out: str | Path | None,
@@ -102,12 +82,14 @@ def run(
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        cases = cpu_cases(quick) if where.type == "cpu" else cuda_cases(quick)
         path = None if out is None else Path(out)
         results = Results(path, environment(where), resume=resume)
         results.write()
-        seconds = seconds or (30.0 if quick else _SECONDS[where.type])
-        measure_cases(cases, where, results, seconds)
+        if rank_sweep:
+            measure_sweep(where, quick, results, seconds or (10.0 if quick else 60.0))
+        else:
+            seconds = seconds or (30.0 if quick else _SECONDS[where.type])
+            measure_cases(grids.cases(where, quick), where, results, seconds)
         return results.content()
     finally:
         torch.set_num_threads(before)
@@ -157,7 +139,7 @@ def measure_cases(
 def _warm_up(device: torch.device) -> None:
     """Imports, thread pools and the profiler's start, on no case's account."""
     case = Case(64, 64, 64, 4, "float32")
-    harness.Cell(case, builders(device, case), device).prepare()
+    harness.Cell(case, grids.builders(case, device), device).prepare()
 
 
 def _measure_case(
@@ -170,17 +152,21 @@ def _measure_case(
     report: Report,
 ) -> None:
     begin = time.monotonic()
-    made = builders(device, case)
+    made = grids.builders(case, device)
     cell = harness.Cell(case, made, device)
     cell.prepare()
     left = max(0.0, seconds - (time.monotonic() - begin))
     found_rows = []
     for mode in modes:
         found = cell.measure(mode, clock, left / len(modes))
-        rows = harness.rows("lowrank", case.as_dict(), mode, found, pairs(list(made)))
+        rows = harness.rows("lowrank", case.as_dict(), mode, found, grids.pairs(list(made)))
         found_rows += rows
         report.row(_cells(case, mode, rows))
     results.add(found_rows)
+    if device.type == "cuda":
+        del cell, found
+        gc.collect()  # PEFT's modules hold each other
+        torch.cuda.empty_cache()
 
 
 def _weights(cases: Sequence[Case], device: torch.device) -> list[float]:

@@ -14,7 +14,7 @@ Builder = Callable[[Case, Operands], LayerStep]
 
 def frozen(case: Case, operands: Operands) -> LayerStep:
     """The base alone: F.linear forward, dX backward."""
-    return LayerStep(_base(operands), _leaf(operands.x), operands.dy, autocast=autocast(case))
+    return LayerStep(_base(operands), leaf(operands.x), operands.dy, autocast=autocast(case))
 
 
 def peft(case: Case, operands: Operands) -> LayerStep:
@@ -34,7 +34,7 @@ def peft(case: Case, operands: Operands) -> LayerStep:
         b.copy_(operands.B)
     trained = {"dA": a, "dB": b}
     scale = float(layer.scaling["default"])
-    return LayerStep(layer, _leaf(operands.x), operands.dy, trained, scale, autocast(case))
+    return LayerStep(layer, leaf(operands.x), operands.dy, trained, scale, autocast(case))
 
 
 def fastrank(case: Case, operands: Operands) -> LayerStep:
@@ -62,6 +62,6 @@ def _base(operands: Operands) -> nn.Linear:
     return base
 
 
-def _leaf(x: Tensor) -> Tensor:
+def leaf(x: Tensor) -> Tensor:
     """x's data as a leaf of its own: variants share the values, not the gradient."""
     return x.detach().requires_grad_()

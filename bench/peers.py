@@ -1,0 +1,70 @@
+"""Our own implementations of schedules that others published, for where their code can't run.
+
+They repeat which tensors a published design reads and writes and in which order, not its code, and
+they are named so in every result: "unsloth-schedule", "lorafusion-schedule". Both take adapters in
+the base's dtype, as the originals do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastrank.bench.cases import DTYPES, Case, LayerStep, Operands, Unavailable
+from fastrank.bench.variants import leaf
+
+
+class _UnslothSchedule(torch.autograd.Function):
+    """Vendor products and in-place adds; S is not kept and dY B is computed for dA and for dx."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scale):
+        y = torch.nn.functional.linear(x, weight, bias)
+        y.addmm_(x @ A.t(), B.t(), alpha=scale)
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, A, B = ctx.saved_tensors
+        dA = (x.t() @ (dy @ B)).t() * ctx.scale
+        dB = ((x @ A.t()).t() @ dy).t() * ctx.scale
+        dx = dy @ weight
+        dx.addmm_(dy @ B, A, alpha=ctx.scale)
+        return dx, None, None, dA, dB, None
+
+
+def unsloth_schedule(case: Case, operands: Operands) -> LayerStep:
+    """The single-layer Function of Unsloth's fast LoRA path; it has no dropout."""
+    if case.dropout:
+        raise Unavailable("Unsloth's fast path has no dropout; with it PEFT's own forward runs")
+    return _step(_UnslothSchedule, case, operands)
+
+
+def lorafusion_schedule(case: Case, operands: Operands) -> LayerStep:
+    """LoRAFusion's split at S, its stored dropout and its two fused products, in Triton."""
+    from fastrank.kernels.common.backend import why_not_triton
+
+    reason = why_not_triton(operands.x.device, operands.x.dtype)
+    if reason is not None:
+        raise Unavailable(reason)
+    if case.bias:
+        raise Unavailable("this schedule has no bias")
+    from fastrank.bench.lorafusion import LoraFusionSchedule
+
+    return _step(LoraFusionSchedule, case, operands)
+
+
+def _step(function: type, case: Case, operands: Operands) -> LayerStep:
+    dtype = DTYPES[case.dtype]
+    scale = 8.0 / case.R  # LoraConfig's default lora_alpha over r, as the PEFT variants have it
+    a, b = (nn.Parameter(t.to(dtype)) for t in (operands.A, operands.B))
+    extra = () if function is _UnslothSchedule else (case.dropout,)
+
+    def layer(x: Tensor) -> Tensor:
+        return function.apply(x, operands.weight, operands.bias, a, b, scale, *extra)
+
+    trained = {"dA": a, "dB": b}
+    x, dy = leaf(operands.x), operands.dy
+    return LayerStep(layer, x, dy, trained, scale, frozen=[operands.weight])
