@@ -88,6 +88,12 @@ def _masked(case: Case, operands: Operands, *, kind: str, ranks: int) -> LayerSt
     return LayerStep(layer, x, operands.dy, trained, frozen=frozen, active=on.to(device))
 
 
+def _why_not(kind: str, device: torch.device) -> str | None:
+    if kind.startswith("device") and device.type == "cpu":
+        return "on a CPU every mask is a host mask"
+    return None
+
+
 def _active(kind: str, ranks: int, R: int, device: torch.device) -> tuple[Tensor | int, Tensor]:
     """What `active` is given, and which ranks that means, bool `[R]` on the CPU."""
     on = torch.zeros(R, dtype=torch.bool)
