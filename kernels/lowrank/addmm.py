@@ -1,67 +1,71 @@
 """The CPU path: vendor matrix products, in-place adds, nothing computed twice or without need.
 
-Written for tensors of one device and any float dtype; masks are already compacted (op.py).
-Sixteen-bit operands are widened to fp32 in row blocks, never whole: on CPUs the skinny products
-run 3 to 20 times faster in fp32 than in bf16, and S, U and all gradients keep fp32 accuracy.
+Masks are already compacted (op.py). Three classes of operands, by what is right and fast for them:
 
-    S = xh Aᵀ   U = s dY B   G = s dYᵀ S   H = Uᵀ xh   c = e
-    dB = G∘c    dA = c∘H     de = Σ_N B∘G = Σ_K A∘H    dx += D∘((U∘c) A)
+- wide: x and the branch in fp32 or fp64. Whole vendor products.
+- mixed: 16-bit x, fp32 branch. Products that read x or dY widen it in row blocks, never whole, so
+  S, U and all gradients have fp32 accuracy; products that write y or dX go through `_add_product`.
+- half: bf16 all through (autocast, bf16 adapters, precision="compute") on a CPU with bf16 matrix
+  units. Elsewhere those calls are mixed: skinny bf16 products run 3 to 20 times slower than fp32
+  ones on CPUs without such units.
+
+    S = xh Aᵀ   U = dY B   G = dYᵀ S   H = Uᵀ xh   c = e
+    dB = s G∘c    dA = s c∘H     de = s Σ_N B∘G = s Σ_K A∘H    dx = dY W + s D∘((U∘c) A)
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrank.kernels.common import dropout_keep
 from fastrank.kernels.lowrank.arguments import Aux, Branch
 from fastrank.kernels.lowrank.compaction import scatter, select
+from fastrank.kernels.lowrank.cpu_dropout import Dropout, masked, masked_, mean_factor
 
-# elements of the widest fp32 temporary: 1 MiB, about the L2 cache of one core
-_BLOCK_ELEMENTS = 1 << 18
+# elements of the widest fp32 temporary: 2 MiB, about the L2 cache of one core
+_BLOCK_ELEMENTS = 1 << 19
+# below this many elements of the result one mixed add costs less than splitting its operands
+_SPLIT_ELEMENTS = 1 << 17
+
+
+@functools.cache
+def bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones (x86 AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _compute_dtype(x: torch.dtype, adapters: torch.dtype, branch: Branch) -> torch.dtype:
+    """What the products of the branch are computed in."""
+    if x in (torch.float32, torch.float64):
+        return x
+    same = branch.autocast is not None or branch.precision == "compute" or x == adapters
+    return x if same and x == torch.bfloat16 and bf16_units() else torch.float32
+
+
+def _selected(
+    A: Tensor, B: Tensor, e: Tensor | None, dtype: torch.dtype, branch: Branch, aux: Aux
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A, B and e, compacted; e in fp32 (fp64 for fp64 products), so that it never rounds."""
+    if aux.index is not None or branch.kept < A.shape[0]:
+        A, B, e = select(A, B, e, branch, aux)
+    wide = _wide(dtype)
+    return A, B, e if e is None or e.dtype == wide else e.to(wide)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _widen(wide: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(t if t is None or t.dtype == wide else t.to(wide) for t in tensors)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _row_blocks(rows: int, columns: int, whole: bool) -> Iterator[slice]:
-    step = rows if whole else max(32, _BLOCK_ELEMENTS // max(columns, 1))
-    for start in range(0, rows, max(step, 1)):
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(32, _BLOCK_ELEMENTS // max(columns, 1))
+    for start in range(0, rows, step):
         yield slice(start, start + step)
-
-
-def _keep_mask(rows: int, columns: int, branch: Branch, aux: Aux, device: torch.device) -> Tensor:
-    """Kept elements as bool `[rows, columns]`.
-
-    Drawn from a generator with the call's seed, 16 bits an element: several times faster than
-    Bernoulli draws, and p is rounded to a multiple of 2**-16. Row ids need a draw that depends on
-    nothing else, so they take the Philox words of the GPU path.
-    """
-    if aux.row_ids is not None:
-        return dropout_keep(aux.seed, rows, columns, branch.dropout_p, aux.row_ids)
-    generator = torch.Generator(device)
-    generator.manual_seed(int(aux.seed))
-    draws = torch.empty((rows * columns + 3) // 4, dtype=torch.int64, device=device)
-    draws.random_(-(2**63), None, generator=generator)
-    lanes = draws.view(torch.int16)[: rows * columns].view(rows, columns)
-    return lanes >= _dropped_of_65536(branch.dropout_p) - 32768
-
-
-def _dropped_of_65536(p: float) -> int:
-    return min(round(p * 65536), 65535)
-
-
-def _mean_factor(branch: Branch, aux: Aux) -> float:
-    """1 / (1 - p), for the p that was drawn with."""
-    if aux.row_ids is not None:
-        return 1.0 / (1.0 - branch.dropout_p)
-    return 65536.0 / (65536 - _dropped_of_65536(branch.dropout_p))
 
 
 def linear(
@@ -95,39 +99,61 @@ def add_(
         x: `[M, K]`.
         A, B, e: all ranks, `[R, K]`, `[N, R]`, `[R]`.
     """
-    wide, t = _wide(x.dtype), branch.trained
-    (rows, columns), (N, _) = x.shape, B.shape
-    A, B, c = _widen(wide, *select(A, B, e, branch, aux))
+    dtype = _compute_dtype(x.dtype, A.dtype, branch)
+    A, B, c = _selected(A, B, e, dtype, branch, aux)
+    A = _cast(A, dtype)
     keep = None
-    if branch.dropout_p > 0.0 and t > 0:
-        keep = _keep_mask(rows, columns, branch, aux, x.device)
-
-    if keep is None and x.dtype == wide:
-        S = x @ A.t()
+    if branch.dropout_p > 0.0 and branch.trained > 0:
+        S, keep = _shrink_dropped(x, A, branch, aux)
+    elif x.dtype == dtype:
+        S = _cast(torch.mm(x, A.t()), _wide(dtype))
     else:
-        S = torch.empty(rows, branch.kept, dtype=wide, device=x.device)
-        for block in _row_blocks(rows, columns, whole=False):
-            _shrink_block(S[block], x[block].to(wide), A, None if keep is None else keep[block], t)
-    if keep is not None:
-        S[:, :t].mul_(_mean_factor(branch, aux))
-
+        S = torch.empty(x.shape[0], A.shape[0], dtype=dtype)
+        for block in _row_blocks(*x.shape):
+            torch.mm(x[block].to(dtype), A.t(), out=S[block])
     T = S if c is None else S * c
-    if y.dtype == wide:
-        y.addmm_(T, B.t(), alpha=branch.scale)
-    else:
-        for block in _row_blocks(rows, N, whole=False):
-            y[block].add_(T[block] @ B.t(), alpha=branch.scale)
+    _add_product(y, _cast(T, dtype), _cast(B, dtype).t(), branch.scale)
     return S, keep
 
 
-def _shrink_block(S: Tensor, x: Tensor, A: Tensor, keep: Tensor | None, trained: int) -> None:
-    """S = x Aᵀ for one block of rows; trained ranks read the kept elements only."""
-    if keep is None:
-        torch.mm(x, A.t(), out=S)
-        return
-    S[:, :trained] = (x * keep) @ A[:trained].t()
-    if trained < S.shape[1]:
-        S[:, trained:] = x @ A[trained:].t()
+def _shrink_dropped(x: Tensor, A: Tensor, branch: Branch, aux: Aux) -> tuple[Tensor, Tensor]:
+    """S = drop(x) Aᵀ for trained ranks and x Aᵀ for the others; the kept elements int8 `[M, K]`."""
+    (rows, columns), t = x.shape, branch.trained
+    dropout = Dropout(branch.dropout_p, rows, columns, aux)
+    S = torch.empty(rows, A.shape[0], dtype=_wide(A.dtype))
+    for block in _row_blocks(rows, columns):
+        x_block = x[block]
+        kept = masked(x_block, dropout.draw(block)).to(A.dtype)
+        if t == A.shape[0] and S.dtype == A.dtype:
+            torch.mm(kept, A.t(), out=S[block])
+            continue
+        S[block, :t] = kept @ A[:t].t()
+        if t < A.shape[0]:
+            S[block, t:] = x_block.to(A.dtype) @ A[t:].t()
+    S[:, :t].mul_(mean_factor(branch.dropout_p, aux))
+    return S, dropout.keep
+
+
+def _add_product(out: Tensor, P: Tensor, Q: Tensor, alpha: float) -> None:
+    """out += alpha P Q in place; P `[M, R]` and Q `[R, W]` of one dtype, out of any.
+
+    Into bf16, fp32 factors become three bf16 products in one: each factor is split into a high and
+    a low half, P Q = Ph Qh + Pl Qh + Ph Ql + O(2**-16), and the sum is rounded once.
+    """
+    if out.dtype == P.dtype:
+        out.addmm_(P, Q, alpha=alpha)
+    elif out.numel() > _SPLIT_ELEMENTS and out.dtype == torch.bfloat16 and bf16_units():
+        out.addmm_(*_split(P, Q), alpha=alpha)
+    else:
+        for block in _row_blocks(*out.shape):
+            out[block].add_(P[block] @ Q, alpha=alpha)
+
+
+def _split(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """bf16 `[M, 3R]` and `[3R, W]` whose product is P Q up to 2**-16 of its terms."""
+    P_high, Q_high = P.bfloat16(), Q.bfloat16()
+    P_low, Q_low = (P - P_high).bfloat16(), (Q - Q_high).bfloat16()
+    return torch.cat((P_high, P_low, P_high), 1), torch.cat((Q_high, Q_high, Q_low), 0)
 
 
 def backward(
@@ -156,71 +182,96 @@ def backward(
         dx_dtype: of a dx that is made here.
     """
     need_dx, need_dA, need_dB, need_de = needs
-    wide, t = _wide(dy.dtype if x is None else x.dtype), branch.trained
-    like = (A, B, e)
-    A, B, c = _widen(wide, *select(A, B, e, branch, aux))
-    factor = 1.0 if keep is None else _mean_factor(branch, aux)
-    need_dA, need_dB, need_de = (need and t > 0 for need in (need_dA, need_dB, need_de))
+    like, t = (A, B, e), branch.trained
+    x_dtype = (branch.autocast or dx_dtype) if x is None else x.dtype
+    dtype = _compute_dtype(x_dtype, A.dtype, branch)
+    A, B, c = _selected(A, B, e, dtype, branch, aux)
+    if t == 0:
+        need_dA = need_dB = need_de = False
     from_rows = need_de and not (need_dA or need_dB)
+    whole = t == A.shape[0]
+    factor = branch.scale if keep is None else branch.scale * mean_factor(branch.dropout_p, aux)
+
+    S_trained = S if S is None or whole else S[:, :t]
     need_U = need_dx or need_dA or from_rows
-
-    add = weight is not None
-    dx = dy @ weight if need_dx and add else None
-    if need_dx and not add:
-        dx = torch.empty(dy.shape[0], A.shape[1], dtype=dx_dtype, device=dy.device)
-    G = torch.zeros(B.shape[0], t, dtype=wide, device=dy.device) if need_dB else None
-    H = torch.zeros(t, A.shape[1], dtype=wide, device=dy.device) if need_dA else None
-    de = torch.zeros(t, dtype=wide, device=dy.device) if need_de else None
-    whole = keep is None and all(v is None or v.dtype == wide for v in (dy, dx, x))
-    for block in _row_blocks(dy.shape[0], max(A.shape[1], B.shape[0]), whole):
-        dy_block = dy[block].to(wide)
-        if need_dB:
-            G.addmm_(dy_block.t(), S[block, :t], alpha=branch.scale)
-        if not need_U:
-            continue
-        U = (dy_block @ B).mul_(branch.scale)  # (rows, kept)
-        if from_rows:
-            de += (U[:, :t] * S[block, :t]).sum(0)
-        if need_dA:
-            x_block = x[block].to(wide)
-            if keep is not None:
-                x_block = x_block * keep[block]
-            H.addmm_(U[:, :t].t(), x_block, alpha=factor)
-        if need_dx:
-            V = U if c is None else U.mul_(c)
-            _write_dx(dx[block], V, A, None if keep is None else keep[block], factor, t, add)
-
-    if need_de and need_dB:
-        de = (B[:, :t] * G).sum(0)
-    elif need_de and need_dA:
-        de = (A[:t] * H).sum(1)
-    if c is not None:
-        G = None if G is None else G.mul_(c[:t])
-        H = None if H is None else H.mul_(c[:t, None])
-    grads = (
-        scatter(grad, dim, of, aux) if wanted else None
-        for wanted, grad, dim, of in zip(needs[1:], (H, G, de), (0, 1, 0), like, strict=True)
+    U, G = _read_dy(dy, B if need_U else None, S_trained if need_dB else None, dtype)
+    U_trained = U if U is None or whole else U[:, :t]
+    dA = dB = de = None
+    if need_dB:
+        if need_de and not need_dA:
+            de = (B[:, :t].t() * G).sum(1).mul_(branch.scale)
+        dB = torch.empty(B.shape[0], t, dtype=like[1].dtype)
+        torch.mul(G.t(), branch.scale if c is None else c[:t] * branch.scale, out=dB)
+    if need_dA:
+        dA = _gram_x(U_trained, x, keep, dtype)
+        if need_de:  # as PEFT forms it, so that bf16 products spoil it no more
+            de = (dA * A[:t]).sum(1).mul_(factor)
+        dA.mul_(factor if c is None else (c[:t] * factor)[:, None])
+    if from_rows:
+        de = (U_trained * S_trained).sum(0).mul_(branch.scale)
+    dx = None
+    if need_dx:
+        dx = torch.zeros(dy.shape[0], A.shape[1], dtype=dx_dtype) if weight is None else dy @ weight
+        # c goes with A, where it rounds once for bf16 products, as in PEFT
+        Ac = A if c is None else A * c[:, None]
+        if keep is None:
+            _add_product(dx, U, _cast(Ac, dtype), branch.scale)
+        else:
+            _add_dropped(dx, U_trained, _cast(Ac[:t] * factor, dtype), keep)
+            if not whole:
+                _add_product(dx, U[:, t:], _cast(Ac[t:], dtype), branch.scale)
+    return (
+        dx,
+        scatter(dA, 0, like[0], aux) if needs[1] else None,
+        scatter(dB, 1, like[1], aux) if needs[2] else None,
+        scatter(de, 0, like[2], aux) if needs[3] else None,
     )
-    return dx, *grads
 
 
-def _write_dx(
-    dx: Tensor,
-    V: Tensor,
-    A: Tensor,
-    keep: Tensor | None,
-    factor: float,
-    trained: int,
-    add: bool,
-) -> None:
-    """dx (+)= D∘(V_t A_t) + V_f A_f for one block of rows."""
-    if keep is None and dx.dtype == V.dtype:
-        torch.addmm(dx, V, A, beta=int(add), out=dx)
-        return
-    if keep is None:
-        share = V @ A
-    else:
-        share = (V[:, :trained] @ A[:trained]).mul_(keep).mul_(factor)
-        if trained < V.shape[1]:
-            share.addmm_(V[:, trained:], A[trained:])
-    dx.add_(share) if add else dx.copy_(share)
+def _read_dy(
+    dy: Tensor, B: Tensor | None, S: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """U = dY B `[M, R]` and Gᵀ = Sᵀ dY `[R, N]` without the scale, from one read of dY.
+
+    Gᵀ because vendor products with a wide result run up to three times faster than with a tall one.
+    """
+    B = None if B is None else _cast(B, dtype)
+    S = None if S is None else _cast(S, dtype)
+    if dtype == torch.bfloat16:
+        dy = _cast(dy, dtype)
+    if dy.dtype == dtype:
+        U = None if B is None else torch.mm(dy, B)
+        return U, None if S is None else _cast(torch.mm(S.t(), dy), _wide(dtype))
+    rows, columns = dy.shape
+    U = None if B is None else torch.empty(rows, B.shape[1], dtype=dtype)
+    G = None if S is None else torch.zeros(S.shape[1], columns, dtype=dtype)
+    for block in _row_blocks(rows, columns):
+        dy_block = dy[block].to(dtype)
+        if U is not None:
+            torch.mm(dy_block, B, out=U[block])
+        if G is not None:
+            G.addmm_(S[block].t(), dy_block)
+    return U, G
+
+
+def _gram_x(U: Tensor, x: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """H = Uᵀ xh `[R, K]`, without the scale and dropout's factor."""
+    if keep is None and x.dtype == dtype:
+        return _cast(torch.mm(U.t(), x), _wide(dtype))
+    H = torch.zeros(U.shape[1], x.shape[1], dtype=_wide(dtype))
+    for block in _row_blocks(*x.shape):
+        x_block = x[block] if keep is None else masked(x[block], keep[block])
+        if dtype == H.dtype:
+            H.addmm_(U[block].t(), _cast(x_block, dtype))
+        else:
+            H.add_(torch.mm(U[block].t(), x_block))
+    return H
+
+
+def _add_dropped(dx: Tensor, V: Tensor, A: Tensor, keep: Tensor) -> None:
+    """dx += keep∘(V A) in place; every factor is in A already, since a 16-bit add rounds its alpha
+    times the other operand."""
+    if dx.dtype == torch.bfloat16 and V.dtype == torch.float32 and bf16_units():
+        V, A = _split(V, A)
+    for block in _row_blocks(*dx.shape):
+        dx[block].add_(masked_(torch.mm(V[block], A), keep[block]))

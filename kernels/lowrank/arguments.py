@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 PRECISIONS = ("peft", "compute")
+_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
 class Branch(NamedTuple):
@@ -36,8 +37,37 @@ class Aux(NamedTuple):
     trainable: Tensor | None  # likewise
 
 
+NO_AUX = Aux(None, None, None, None, None)
+
+
 def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
+
+
+def plainly_right(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, e: Tensor | None
+) -> bool:
+    """Whether check_tensors would pass: cheap, and False wherever it is not sure."""
+    try:
+        (N, K), (R, columns) = weight.shape, A.shape
+        device, adapters = x.device, A.dtype
+        return (
+            x.shape[-1] == K == columns != 0 != N
+            and B.shape == (N, R)
+            and x.dtype in _FLOATS
+            and weight.dtype in _FLOATS
+            and adapters in _FLOATS
+            and adapters is B.dtype
+            and weight.device == device == A.device == B.device
+            and (bias is None or _is_vector(bias, N, device))
+            and (e is None or _is_vector(e, R, device))
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+
+
+def _is_vector(tensor: Tensor, length: int, device: torch.device) -> bool:
+    return tensor.shape == (length,) and tensor.dtype in _FLOATS and tensor.device == device
 
 
 def check_tensors(
@@ -95,6 +125,8 @@ def check_tensors(
 
 def check_base_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Without autocast the base needs one dtype, as F.linear does."""
+    if weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype):
+        return
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(
@@ -111,6 +143,9 @@ def check_options(
     x: Tensor,
 ) -> None:
     """Numbers and the dropout draw; ValueError or TypeError."""
+    plain = type(scale) is float and type(dropout_p) is float and seed is None is row_ids
+    if plain and math.isfinite(scale) and 0.0 <= dropout_p < 1.0 and precision in PRECISIONS:
+        return
     if not isinstance(scale, Real) or not isinstance(dropout_p, Real):
         name, value = ("scale", scale) if not isinstance(scale, Real) else ("dropout_p", dropout_p)
         raise TypeError(f"{name} has type {type(value).__name__}; pass a Python float")
@@ -146,6 +181,8 @@ def check_options(
 
 def check_masks(active: Tensor | int | None, trainable: Tensor | None, ranks: int) -> None:
     """The forms a rank mask may have; ValueError or TypeError."""
+    if active is None is trainable:
+        return
     for name, mask in (("active", active), ("trainable", trainable)):
         if mask is None:
             continue

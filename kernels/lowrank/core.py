@@ -3,7 +3,7 @@
 Nothing here is differentiable or validated; op.py does both.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrank.kernels.lowrank import addmm
-from fastrank.kernels.lowrank.arguments import Aux, Branch, resolve_masks
+from fastrank.kernels.lowrank.arguments import NO_AUX, Aux, Branch, resolve_masks
 
 
 def prepare(
@@ -26,6 +26,9 @@ def prepare(
     autocast: torch.dtype | None,
     precision: str,
 ) -> tuple[Branch, Aux]:
+    if active is None is trainable is seed is row_ids:
+        ranks = A.shape[0]
+        return Branch(scale, dropout_p, ranks, ranks, backend, autocast, precision), NO_AUX
     kept, trained, index, active, trainable = resolve_masks(active, trainable, A.shape[0], A.device)
     branch = Branch(scale, dropout_p, kept, trained, backend, autocast, precision)
     return branch, Aux(seed, row_ids, index, active, trainable)
@@ -40,11 +43,13 @@ def _implementation(backend: str) -> ModuleType:
     return triton_path
 
 
-def _no_autocast(device: torch.device):
+_AS_IT_IS = nullcontext()
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager:
     """Casts are explicit in here; autocast would round fp32 intermediates."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS
 
 
 def operands(
@@ -76,7 +81,7 @@ def forward(
 
     With y given the base is y, written in place (any number of dimensions).
     """
-    with _no_autocast(x.device):
+    with _no_autocast(x):
         if x.shape[0] == 0 or branch.kept == 0:
             return F.linear(x, weight, bias) if y is None else y, None, None
         path = _implementation(branch.backend)
@@ -113,7 +118,7 @@ def backward(
     if 0 in dy.stride() and dy.numel() > 1:
         dy = dy.contiguous()  # what .sum() sends back; vendor products would copy it each time
     grads: list[Tensor | None] = [None] * 6
-    with _no_autocast(dy.device):
+    with _no_autocast(dy):
         if need_weight:
             grads[1] = dy.t() @ x
         if need_bias:

@@ -19,6 +19,7 @@ from fastrank.kernels.lowrank.arguments import (
     check_masks,
     check_options,
     check_tensors,
+    plainly_right,
 )
 from fastrank.kernels.lowrank.core import backward, forward, operands, prepare
 
@@ -70,11 +71,12 @@ def lowrank_linear(
     Raises:
         ValueError, TypeError: arguments that don't fit, with what was wanted.
     """
-    check_tensors(x, A, B, e, weight=weight, bias=bias)
+    if not plainly_right(x, weight, bias, A, B, e):
+        check_tensors(x, A, B, e, weight=weight, bias=bias)
+        if weight is None:
+            raise TypeError("weight is None; pass weight [N, K], or use lowrank_add for the branch")
     check_options(scale, dropout_p, seed, row_ids, precision, x)
     check_masks(active, trainable, A.shape[0])
-    if weight is None:
-        raise TypeError("weight is None; pass weight [N, K], or use lowrank_add for the branch")
     autocast = _autocast_dtype(x)
     if autocast is None:
         check_base_dtypes(x, weight, bias)
@@ -236,25 +238,32 @@ class _LowRank(torch.autograd.Function):
             keep if need_x or need_A else None,
             *aux,
         )
-        ctx.branch = branch
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.weight_dtype = None if weight is None else weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
+        ctx.plain = branch, x.shape, x.dtype, dtypes
         if y is not None:
             ctx.mark_dirty(y)
             return y
         return _shaped(out, x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, weight, A, B, e, S, keep, *aux = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:6]
-        dx, dweight, dbias, dA, dB, de = backward(
-            dy, x, weight, A, B, e, S, keep, ctx.branch, Aux(*aux), needs, ctx.x_dtype
-        )
-        dx = None if dx is None else dx.view(ctx.x_shape)
-        dweight = None if dweight is None else dweight.to(ctx.weight_dtype)
-        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-        dy = dy if ctx.needs_input_grad[6] else None
-        return dx, dweight, dbias, dA, dB, de, dy, None, None
+        # grad mode is on only under create_graph; the wrapper that then refuses costs as much as
+        # a small product
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, A, B, e, S, keep, *aux = ctx.saved_tensors
+    branch, x_shape, x_dtype, (weight_dtype, bias_dtype) = ctx.plain
+    needs = ctx.needs_input_grad
+    dx, dweight, dbias, dA, dB, de = backward(
+        dy, x, weight, A, B, e, S, keep, branch, Aux(*aux), needs[:6], x_dtype
+    )
+    if dx is not None and len(x_shape) != 2:
+        dx = dx.view(x_shape)
+    dweight = None if dweight is None else dweight.to(weight_dtype)
+    dbias = None if dbias is None else dbias.to(bias_dtype)
+    return dx, dweight, dbias, dA, dB, de, dy if needs[6] else None, None, None
+
+
+_backward_once = once_differentiable(_backward)

@@ -136,7 +136,7 @@ def _fixed_shapes(
         S = padded
     if keep is None:
         shape = (rows, x.shape[-1]) if _keeps_mask(branch.backend, branch.dropout_p) else (0,)
-        keep = x.new_empty(shape, dtype=torch.bool)
+        keep = x.new_empty(shape, dtype=torch.int8)
     return S, keep
 
 
@@ -165,7 +165,7 @@ def _fake_saved(x, A, dropout_p, backend):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.numel() // x.shape[-1]
     shape = (rows, x.shape[-1]) if _keeps_mask(backend, dropout_p) else (0,)
-    return x.new_empty((rows, A.shape[0]), dtype=wide), x.new_empty(shape, dtype=torch.bool)
+    return x.new_empty((rows, A.shape[0]), dtype=wide), x.new_empty(shape, dtype=torch.int8)
 
 
 def _setup_linear(ctx, inputs, output):
