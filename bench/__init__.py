@@ -11,6 +11,7 @@ from fastrank.errors import UsageError
 # name -> module with add_options(parser) and run(**options) -> dict
 BENCHES = {
     "lowrank": "fastrank.bench.lowrank",
+    "train-step": "fastrank.bench.train_step",
 }
 
 

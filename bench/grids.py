@@ -51,6 +51,8 @@ def builders(case: Case, device: torch.device) -> dict[str, Builder]:
     """
     made: dict[str, Builder] = {"frozen": variants.frozen, "peft": variants.peft}
     made["fastrank"] = variants.fastrank
+    if not variants.has_peft():
+        made["peft-schedule"] = peers.peft_schedule
     if device.type == "cuda" and case.precision == "16-bit":
         made["unsloth-schedule"] = peers.unsloth_schedule
         made["lorafusion-schedule"] = peers.lorafusion_schedule

@@ -21,6 +21,22 @@ from fastrank.bench.variants import Builder
 MODES = ("full", "full-graph")
 
 
+class DeviceLost(RuntimeError):
+    """The device answers nothing any more; a new process may find it whole again."""
+
+
+def check_alive(device: torch.device) -> None:
+    """After a failure: an illegal access makes every later call of the process fail too.
+
+    Raises:
+        DeviceLost: it did.
+    """
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except Exception as error:
+        raise DeviceLost(f"{device} is lost: {first_line(error)}") from error
+
+
 @dataclass
 class Measured:
     """What is known of one variant in one mode."""
@@ -79,7 +95,7 @@ class Cell:
             self.found[name].skipped = "out of memory"
         except Exception as error:
             traceback.print_exc()
-            self.found[name].skipped = f"failed: {type(error).__name__}: {_first_line(error)}"
+            self.found[name].skipped = f"failed: {type(error).__name__}: {first_line(error)}"
         return None
 
     def measure(self, mode: str, clock: timing.Clock, seconds: float) -> dict[str, Measured]:
@@ -94,9 +110,17 @@ class Cell:
                 self.found[name].skipped = None
                 if replay is not None:
                     steps[name] = replay
-        if steps:
-            for name, taken in timing.interleave(steps, clock, seconds=seconds).items():
-                found[name].timing = taken
+        if not steps:
+            return found
+        try:
+            taken = timing.interleave(steps, clock, seconds=seconds)
+        except Exception as error:
+            traceback.print_exc()
+            for name in steps:
+                found[name].skipped = f"failed: {type(error).__name__}: {first_line(error)}"
+            return found
+        for name, timed in taken.items():
+            found[name].timing = timed
         return found
 
 
@@ -141,5 +165,6 @@ def _row(
     }
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's message in a line."""
     return (str(error).strip().splitlines() or [""])[0][:300]

@@ -105,14 +105,18 @@ def measure_cases(
     """Measure the cases that `results` lacks.
 
     Args:
-        seconds: to spend on them, about.
+        seconds: to spend on all of them, about.
         deadline: `time.monotonic()` after which no other case is begun.
 
     Returns:
         Whether all of them are measured.
     """
     modes = harness.MODES if device.type == "cuda" else harness.MODES[:1]
+    every = len(cases)
     cases = [c for c in cases if not all(results.has(c.name, mode) for mode in modes)]
+    if not cases:
+        return True
+    seconds *= len(cases) / every
     clock = timing.clock_for(device)
     _warm_up(device)
     weights = _weights(cases, device)
@@ -163,6 +167,8 @@ def _measure_case(
         found_rows += rows
         report.row(_cells(case, mode, rows))
     results.add(found_rows)
+    if failures(found_rows):
+        harness.check_alive(device)
     if device.type == "cuda":
         del cell, found
         gc.collect()  # PEFT's modules hold each other

@@ -1,17 +1,18 @@
 """Our own implementations of schedules that others published, for where their code can't run.
 
 They repeat which tensors a published design reads and writes and in which order, not its code, and
-they are named so in every result: "unsloth-schedule", "lorafusion-schedule". Both take adapters in
-the base's dtype, as the originals do.
+they are named so in every result: "unsloth-schedule", "lorafusion-schedule", "peft-schedule". The first two take adapters in the
+base's dtype, as the originals do; the last stands in where PEFT is not installed.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrank.bench.cases import DTYPES, Case, LayerStep, Operands, Unavailable
-from fastrank.bench.variants import leaf
+from fastrank.bench.variants import LORA_ALPHA, autocast, leaf
 
 
 class _UnslothSchedule(torch.autograd.Function):
@@ -19,7 +20,7 @@ class _UnslothSchedule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale):
-        y = torch.nn.functional.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
         y.addmm_(x @ A.t(), B.t(), alpha=scale)
         ctx.save_for_backward(x, weight, A, B)
         ctx.scale = scale
@@ -56,9 +57,25 @@ def lorafusion_schedule(case: Case, operands: Operands) -> LayerStep:
     return _step(LoraFusionSchedule, case, operands)
 
 
+def peft_schedule(case: Case, operands: Operands) -> LayerStep:
+    """PEFT's forward in plain torch: cast, dropout, two products, scaling, sum, cast."""
+    dtype = DTYPES[case.dtype] if case.precision == "16-bit" else torch.float32
+    scale = LORA_ALPHA / case.R
+    a, b = (nn.Parameter(t.to(dtype)) for t in (operands.A, operands.B))
+
+    def layer(x: Tensor) -> Tensor:
+        y = F.linear(x, operands.weight, operands.bias)
+        kept = F.dropout(x.to(a.dtype), case.dropout) if case.dropout else x.to(a.dtype)
+        return (y + F.linear(F.linear(kept, a), b) * scale).to(y.dtype)
+
+    trained, frozen = {"dA": a, "dB": b}, [operands.weight]
+    x, dy = leaf(operands.x), operands.dy
+    return LayerStep(layer, x, dy, trained, scale, autocast(case), frozen)
+
+
 def _step(function: type, case: Case, operands: Operands) -> LayerStep:
     dtype = DTYPES[case.dtype]
-    scale = 8.0 / case.R  # LoraConfig's default lora_alpha over r, as the PEFT variants have it
+    scale = LORA_ALPHA / case.R
     a, b = (nn.Parameter(t.to(dtype)) for t in (operands.A, operands.B))
     extra = () if function is _UnslothSchedule else (case.dropout,)
 

@@ -72,19 +72,28 @@ class Results:
 
     def write(self) -> None:
         """Replace the file by the present rows."""
-        if self.path is None:
-            return
-        from fastrank.federated.checkpoint import write_atomic
-
-        text = json.dumps(self.content(), indent=1, allow_nan=False)
-        try:
-            write_atomic(self.path, f"{text}\n".encode())
-        except OSError as error:
-            raise UsageError(f"{self.path} can't be written: {error.strerror}") from error
+        if self.path is not None:
+            write_json(self.path, self.content())
 
     def content(self) -> dict[str, Any]:
         """What the file holds."""
         return {"environment": self.environment, "rows": self.rows}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file in one step.
+
+    Raises:
+        UsageError: it can't be written.
+        ValueError: a number in it is not finite.
+    """
+    from fastrank.federated.checkpoint import write_atomic
+
+    text = json.dumps(content, indent=1, allow_nan=False)
+    try:
+        write_atomic(path, f"{text}\n".encode())
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}") from error
 
 
 def check_row(row: Mapping[str, Any]) -> None:

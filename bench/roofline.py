@@ -78,7 +78,7 @@ def schedule_of(variant: str, case: Case) -> str | None:
     drops = "-dropout" if case.dropout else ""
     if variant in ("frozen", "fastrank"):
         return {"frozen": "frozen", "fastrank": "split"}[variant]
-    if variant == "peft":
+    if variant in ("peft", "peft-schedule"):
         return ("peft" if case.precision == "peft" else f"peft-{case.precision}") + drops
     if variant == "unsloth-schedule":
         return "unsloth"

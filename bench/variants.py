@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from fastrank.bench.cases import DTYPES, Case, LayerStep, Operands, Unavailable
 
+# LoraConfig's default
+LORA_ALPHA = 8
 Builder = Callable[[Case, Operands], LayerStep]
 
 
@@ -17,12 +20,16 @@ def frozen(case: Case, operands: Operands) -> LayerStep:
     return LayerStep(_base(operands), leaf(operands.x), operands.dy, autocast=autocast(case))
 
 
+def has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
+
+
 def peft(case: Case, operands: Operands) -> LayerStep:
     """`peft.tuners.lora.Linear` as get_peft_model makes it from LoraConfig's defaults."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise Unavailable(f"PEFT can't be imported: {error}") from error
+    if not has_peft():
+        raise Unavailable("PEFT is not installed")
+    from peft import LoraConfig, get_peft_model
+
     holder = nn.Module()
     holder.linear = _base(operands)
     config = LoraConfig(r=case.R, lora_dropout=case.dropout, target_modules=["linear"])
@@ -32,13 +39,23 @@ def peft(case: Case, operands: Operands) -> LayerStep:
     with torch.no_grad():
         a.copy_(operands.A)
         b.copy_(operands.B)
-    trained = {"dA": a, "dB": b}
-    scale = float(layer.scaling["default"])
-    return LayerStep(layer, leaf(operands.x), operands.dy, trained, scale, autocast(case))
+    return LayerStep(
+        layer,
+        leaf(operands.x),
+        operands.dy,
+        trained={"dA": a, "dB": b},
+        scale=float(layer.scaling["default"]),
+        autocast=autocast(case),
+    )
 
 
 def fastrank(case: Case, operands: Operands) -> LayerStep:
-    """The same layer after `fastrank.patch`: what a user gets, its checks at each call included."""
+    """The same layer after `fastrank.patch`: what a user gets, its checks at each call included.
+
+    On a machine without PEFT it is `fastrank.LowRankLinear`, the same kernel without those checks.
+    """
+    if not has_peft():
+        return _without_peft(case, operands)
     from fastrank.patching import patch
 
     step = peft(case, operands)
@@ -46,6 +63,31 @@ def fastrank(case: Case, operands: Operands) -> LayerStep:
     if report.delegated:
         raise RuntimeError(f"patch left the layer to PEFT: {report.delegated}")
     return step
+
+
+def _without_peft(case: Case, operands: Operands) -> LayerStep:
+    from fastrank.layers import LowRankLinear
+
+    adapter_dtype = DTYPES[case.dtype] if case.precision == "16-bit" else torch.float32
+    layer = LowRankLinear(
+        case.K,
+        case.N,
+        case.R,
+        lora_alpha=LORA_ALPHA,
+        dropout_p=case.dropout,
+        bias=case.bias,
+        dtype=DTYPES[case.dtype],
+        adapter_dtype=adapter_dtype,
+        device=operands.x.device,
+    )
+    base = _base(operands)
+    layer.weight, layer.bias = base.weight, base.bias
+    with torch.no_grad():
+        layer.A.copy_(operands.A)
+        layer.B.copy_(operands.B)
+    trained = {"dA": layer.A, "dB": layer.B}
+    x, dy = leaf(operands.x), operands.dy
+    return LayerStep(layer, x, dy, trained, layer.scale, autocast(case))
 
 
 def autocast(case: Case) -> torch.dtype | None:
