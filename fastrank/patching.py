@@ -18,7 +18,7 @@ from torch import nn
 
 from fastrank.errors import UsageError
 from fastrank.kernels.common import BACKENDS
-from fastrank.layers.dispatch import LayerState
+from fastrank.layers.dispatch import Calls, LayerState
 from fastrank.layers.lora import FastLoraLinear
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class _Entry:
 
     name: str
     module: weakref.ref
-    state: LayerState | None
+    calls: Calls | None
     last: tuple[str, str] = field(default=("", ""))
 
 
@@ -246,15 +246,16 @@ class PatchReport:
                 continue
             entry = self._entries.get(id(module))
             state = module.__dict__.get("_fastrank")
+            calls = None if state is None else state.calls
             # an id can be reused once its module is gone
             if entry is None or entry.module() is not module:
-                self._entries[id(module)] = _Entry(name, weakref.ref(module), state)
-            elif state is not None:
-                entry.state = state
+                self._entries[id(module)] = _Entry(name, weakref.ref(module), calls)
+            elif calls is not None:
+                entry.calls = calls
 
 
 def _row(entry: _Entry) -> PatchRow:
-    module, state = entry.module(), entry.state
+    module, calls = entry.module(), entry.calls
     if module is not None:
         entry.last = (_kind(module), _shape(module))
     reason = "no longer exists" if module is None else _reason(module)
@@ -263,9 +264,9 @@ def _row(entry: _Entry) -> PatchRow:
         layer=entry.last[0],
         shape=entry.last[1],
         reason=reason,
-        fused_calls=state.fused if state else 0,
-        delegated_calls=dict(state.delegated) if state else {},
-        traced=state.traced if state else 0,
+        fused_calls=calls.fused if calls else 0,
+        delegated_calls=dict(calls.delegated) if calls else {},
+        traced=calls.traced if calls else 0,
     )
 
 

@@ -5,6 +5,7 @@ call because adapters, hooks, dtypes and devices change after patching. None of 
 tensor's values, so none can cost a device sync.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,26 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastrank.layers.memo import Memo
+
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (Tensor, nn.Parameter)
+NOT_MATRICES = "weights are sharded or not matrices"
 
 
 @dataclass(eq=False)
-class LayerState:
-    """What a patched layer carries besides PEFT's own attributes.
+class Calls:
+    """What the calls of one layer did.
 
     Args:
-        name: path of the layer in the model that was patched.
-        backend: "auto", "triton" or "reference", handed to the kernel.
-        precision: "peft" or "compute", handed to the kernel.
         fused: calls that ran through the kernel.
         delegated: calls that ran PEFT's own forward, by reason.
         traced: times `torch.compile` traced the layer (compiled calls are not counted one by one).
     """
 
-    name: str = ""
-    backend: str = "auto"
-    precision: str = "peft"
     fused: int = 0
     delegated: dict[str, int] = field(default_factory=dict)
     traced: int = 0
@@ -48,9 +46,32 @@ class LayerState:
             self.delegated[reason] = self.delegated.get(reason, 0) + 1
 
 
+@dataclass(eq=False)
+class LayerState:
+    """What a patched layer carries besides PEFT's own attributes.
+
+    Args:
+        name: path of the layer in the model that was patched.
+        backend: "auto", "triton" or "reference", handed to the kernel.
+        precision: "peft" or "compute", handed to the kernel.
+        calls: the counters, which a report may outlive the layer with.
+        memo: the last approved plan, for the next call to recognise.
+    """
+
+    name: str = ""
+    backend: str = "auto"
+    precision: str = "peft"
+    calls: Calls = field(default_factory=Calls)
+    memo: Memo | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the layer has parts of its own
+        return self.__dict__ | {"memo": None}
+
+
 @torch.compiler.assume_constant_result
-def _count_trace(state: LayerState) -> int:
-    state.traced += 1
+def _count_trace(calls: Calls) -> int:
+    calls.traced += 1
     return 0
 
 
@@ -146,6 +167,15 @@ def tensor_reason(tensors: Mapping[str, Tensor | None], device: torch.device) ->
     if device.type == "meta":
         return "meta tensors"
     return None
+
+
+def scale_reason(scale: Any) -> str | None:
+    """Why the kernel can't take this scale, or None."""
+    if isinstance(scale, Tensor) and torch.compiler.is_compiling():
+        return None
+    if not isinstance(scale, (int, float)):
+        return "scaling is no number"
+    return None if math.isfinite(scale) else f"scaling is {scale!r}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
