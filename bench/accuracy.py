@@ -6,6 +6,9 @@ the same seed is used for a probe whose gradients show what was kept, and by how
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from fastrank.bench.cases import LayerStep
 
 # rows that errors are measured on: a float64 product of more costs seconds
 MAX_ROWS = 512
+# above it a result is wrong, not rounded, and its time says nothing
+WRONG = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 _SEED = 20
 
 
@@ -20,13 +25,17 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     """The larger of two relative errors: Frobenius norm and largest element, in float64."""
     value, exact = value.double(), exact.double()
     difference = value - exact
-    found = 0.0
-    for size, of in (
+    pairs = (
         (difference.norm(), exact.norm()),
         (difference.abs().max(), exact.abs().max()),
-    ):
-        found = max(found, float(size / of) if float(of) else float(size))
-    return found
+    )
+    return largest(float(size / of) if float(of) else float(size) for size, of in pairs)
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest of them, NaN where one is: Python's max passes over it."""
+    found = list(errors)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 class Oracle:
@@ -52,7 +61,7 @@ class Oracle:
         torch.manual_seed(_SEED)
         outputs = step.outputs()
         exact = self.exact(step, factor)
-        return max(relative_error(value, exact[name]) for name, value in outputs.items())
+        return largest(relative_error(value, exact[name]) for name, value in outputs.items())
 
     def exact(self, step: LayerStep, factor: Tensor | None) -> dict[str, Tensor]:
         """y, dx, dA and dB in float64 for the step's own adapters; factor `[M, K]` or None."""

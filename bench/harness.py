@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastrank.bench import memory, timing
-from fastrank.bench.accuracy import Oracle
+from fastrank.bench.accuracy import WRONG, Oracle
 from fastrank.bench.cases import Case, LayerStep, Operands, Unavailable
 from fastrank.bench.memory import Memory
 from fastrank.bench.results_file import Row
@@ -19,6 +19,10 @@ from fastrank.bench.variants import Builder
 # mode of a row -> what it is: "full" is a whole training step of the layer, called from Python;
 # "full-graph" the same step replayed as a CUDA graph
 MODES = ("full", "full-graph")
+
+
+class WrongResult(ArithmeticError):
+    """A variant whose results are too far from float64's to be timed."""
 
 
 class DeviceLost(RuntimeError):
@@ -79,7 +83,10 @@ class Cell:
 
     def _look_at(self, name: str, oracle: Oracle) -> None:
         step, entry = self.steps[name], self.found[name]
-        entry.error = oracle.worst(step, self.case.dropout)
+        error = oracle.worst(step, self.case.dropout)
+        if not error <= WRONG[step.x.dtype]:
+            raise WrongResult(f"relative error {error:.3g}")
+        entry.error = error
         step()
         step.clear()
         entry.memory = memory.measure(step, step.held(), self.device)

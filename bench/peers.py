@@ -1,8 +1,8 @@
 """Our own implementations of schedules that others published, for where their code can't run.
 
 They repeat which tensors a published design reads and writes and in which order, not its code, and
-they are named so in every result: "unsloth-schedule", "lorafusion-schedule", "peft-schedule". The first two take adapters in the
-base's dtype, as the originals do; the last stands in where PEFT is not installed.
+are named so in every result: "unsloth-schedule" and "lorafusion-schedule", both with adapters in
+the base's dtype as the originals have them, and "peft-schedule" where PEFT is not installed.
 """
 
 from __future__ import annotations

@@ -156,6 +156,17 @@ def _add_benches(parser: argparse.ArgumentParser) -> None:
         module.add_options(one)
         one.set_defaults(run=_bench)
 
+    from fastrank.bench import plot
+
+    figures = names.add_parser(
+        "plot",
+        help="figures of results files",
+        description=plot.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plot.add_options(figures)
+    figures.set_defaults(run=_plot)
+
 
 def _add_flag(group: Any, f: dataclasses.Field, text: str) -> None:
     """Values stay strings here: ``resolve`` checks them the same way whatever their source."""
@@ -269,6 +280,14 @@ def _bench(arguments: argparse.Namespace) -> int:
             print(f"\ninterrupted; {options['out']} holds what is done", file=sys.stderr)
         return 130
     return 1 if failures(results["rows"]) else 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from fastrank.bench.plot import plot
+
+    for path in plot(arguments.files, arguments.out):
+        print(path)
+    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:
