@@ -12,6 +12,7 @@ from fastrank.errors import UsageError
 BENCHES = {
     "lowrank": "fastrank.bench.lowrank",
     "train-step": "fastrank.bench.train_step",
+    "all": "fastrank.bench.everything",
 }
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from fastrank.bench import grids, harness, timing, variants
-from fastrank.bench.cases import Case, Operands
+from fastrank.bench import grids, harness, plan, timing
+from fastrank.bench.cases import Case
 from fastrank.bench.environment import environment, pick_device
-from fastrank.bench.progress import Budget, Report, milliseconds
+from fastrank.bench.progress import Report, milliseconds
 from fastrank.bench.rank_sweep import measure as measure_sweep
 from fastrank.bench.results_file import Results, Row, failures
 from fastrank.errors import UsageError
@@ -119,15 +119,15 @@ def measure_cases(
     seconds *= len(cases) / every
     clock = timing.clock_for(device)
     _warm_up(device)
-    weights = _weights(cases, device)
-    budget = Budget(seconds, weights)
+    rounds = plan.seconds_per_round(cases, device)
+    budget = plan.Budget(seconds, plan.weights(rounds))
     with Report(_COLUMNS) as report:
         where = results.environment
         report.line(
             f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
             f"peft {where['peft']}, fastrank {where['fastrank']}"
         )
-        about = max(seconds, sum(weights)) / 60
+        about = max(seconds, plan.least(rounds)) / 60
         report.line(f"{len(cases)} cases, about {about:.1f} minutes")
         report.start(len(cases))
         for case in cases:
@@ -173,19 +173,6 @@ def _measure_case(
         del cell, found
         gc.collect()  # PEFT's modules hold each other
         torch.cuda.empty_cache()
-
-
-def _weights(cases: Sequence[Case], device: torch.device) -> list[float]:
-    """Seconds that three rounds of each case take at least, by a short calibration."""
-    rate = {case.dtype: 0.0 for case in cases}
-    for dtype in rate:
-        case = Case(1024, 768, 768, 4, dtype)
-        step = variants.frozen(case, Operands.of(case, device))
-        clock = timing.clock_for(device)
-        clock.seconds(step, 2)
-        rate[dtype] = case.frozen_flops / min(clock.seconds(step, 1) for _ in range(3))
-    # about nine steps of warm-up, error and memory, and three variants of 1.5 frozen steps
-    return [0.5 + 3 * 1.5 * 9 * case.frozen_flops / rate[case.dtype] for case in cases]
 
 
 def _cells(case: Case, mode: str, rows: Sequence[Row]) -> list[str]:

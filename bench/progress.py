@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,26 +69,6 @@ def _console() -> Any:
     except ImportError:
         return None
     return Console(highlight=False, markup=False)
-
-
-class Budget:
-    """Seconds for a list of cases, shared out by weight; what one leaves goes to those after it.
-
-    Args:
-        seconds: for all of them.
-        weights: of each case, in order.
-    """
-
-    def __init__(self, seconds: float, weights: Sequence[float]) -> None:
-        self._end = time.monotonic() + seconds
-        self._left = list(weights)
-
-    def next(self) -> float:
-        """Seconds for the next case, 0 when the time is spent."""
-        weight, total = self._left[0], sum(self._left)
-        del self._left[0]
-        left = max(0.0, self._end - time.monotonic())
-        return left * weight / total if total else 0.0
 
 
 def milliseconds(seconds: float) -> str:

@@ -19,6 +19,8 @@ Step = Callable[[], object]
 
 # of one sample; the clock's resolution is below a microsecond
 _SAMPLE_SECONDS = 2e-3
+# fewer make no median
+MIN_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def interleave(
     clock: Clock,
     *,
     seconds: float,
-    min_rounds: int = 3,
-    max_rounds: int = 100,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = 150,
 ) -> dict[str, Timing]:
     """Time variants in turn.
 

@@ -3,12 +3,13 @@
 import json
 import math
 
+import bench_rows
 import pytest
 import torch
 
 import fastrank.bench
 from fastrank import cli
-from fastrank.bench import grids, harness, lowrank, rank_sweep, timing
+from fastrank.bench import grids, harness, lowrank, plan, rank_sweep, timing
 from fastrank.bench.cases import Case, Operands, Unavailable
 from fastrank.bench.results_file import Results, check_row
 from fastrank.bench.variants import fastrank as fastrank_variant
@@ -42,7 +43,7 @@ def test_rows_are_consistent(quick):
         assert "skipped" not in row
         assert row["q20_s"] <= row["median_s"] <= row["q80_s"]
         assert row["speedup"] == pytest.approx(row["baseline_median_s"] / row["median_s"])
-        assert row["samples"] >= 3
+        assert row["samples"] >= 5
         assert row["peak_bytes"] >= 2 * row["case"]["M"] * row["case"]["N"]  # y at least
         low, high = (1e-9, 1e-5) if row["case"]["dtype"] == "float32" else (1e-4, 2e-2)
         assert low < row["error"] < high
@@ -190,6 +191,26 @@ def test_sweep_summary_names_the_largest_rise():
     assert "largest rise 25.0%" in line
 
 
+def test_time_is_shared_by_weight_and_what_is_left_is_passed_on(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(plan.time, "monotonic", lambda: now[0])
+    budget = plan.Budget(60.0, [1.0, 2.0, 3.0])
+    assert budget.next() == pytest.approx(10.0)
+    now[0] += 2.0  # instead of 10
+    assert budget.next() == pytest.approx(58.0 * 2 / 5)
+    now[0] += 100.0
+    assert budget.next() == 0.0
+
+
+def test_larger_cases_are_worth_more():
+    cases = [Case(64, 64, 64, 4, "float32"), Case(4096, 2048, 2048, 4, "float32")]
+    small, large = plan.seconds_per_round(cases, CPU)
+    assert 0 < 100 * small < large
+    weights = plan.weights([small, large])
+    assert weights[0] < weights[1]
+    assert plan.least([small, large]) == pytest.approx(11 * (small + large))
+
+
 def test_memory_is_of_one_step(quick):
     """An fp32 layer's peak: y, dx and both gradients, plus the branch's temporaries."""
     from fastrank.bench import memory
@@ -253,3 +274,18 @@ def test_train_step_on_the_tiny_shape(capsys):
     losses = {words[0]: float(words[-1]) for words in table if words[0] in ("peft", "fastrank")}
     # the second one starts where two steps of the first have led
     assert losses["peft"] == pytest.approx(losses["fastrank"], abs=1e-2)
+
+
+def test_all_runs_the_others_into_one_file(tmp_path, monkeypatch):
+    given = []
+    for name, module in fastrank.bench.BENCHES.items():
+        if name != "all":
+            made = {"rows": [bench_rows.row(name, bench=name)]}
+            run = lambda made=made, **options: given.append(options) or made  # noqa: E731
+            monkeypatch.setattr(f"{module}.run", run)
+    path = tmp_path / "all.json"
+    content = fastrank.bench.run("all", quick=True, out=path)
+    assert [row["bench"] for row in content["rows"]] == ["lowrank", "train-step"]
+    assert json.loads(path.read_text()) == content
+    assert all(options["quick"] and options["device"] == "cpu" for options in given)
+    assert all(options["out"] is None for options in given)
