@@ -11,7 +11,6 @@ import pickle
 import pytest
 import torch
 from peft import (
-    AdaLoraConfig,
     IA3Config,
     LoraConfig,
     PeftModel,
@@ -390,26 +389,14 @@ def test_every_kind_of_adapted_module_is_listed():
     assert torch.allclose(fast(ids), stock(ids), atol=1e-6)
     found = {row.name.rsplit(".", 1)[1]: (row.layer, row.reason) for row in report.rows()}
     assert found == {
-        "embed": ("lora.Embedding", "only lora.Linear is fused"),
-        "conv": ("lora.Conv1d", "only lora.Linear is fused"),
+        "embed": ("lora.Embedding", "only linear layers of LoRA and AdaLoRA are fused"),
+        "conv": ("lora.Conv1d", "only linear layers of LoRA and AdaLoRA are fused"),
         "fc": ("lora.Linear", None),
     }
     # nothing but delegated modules is reported, not refused
     only_embedding = fastrank.patch(make(["embed"]))
     assert list(only_embedding.delegated) == ["base_model.model.embed"]
     assert only_embedding.fused == []
-
-
-def test_adalora_is_listed_and_left_to_peft():
-    torch.manual_seed(0)
-    config = AdaLoraConfig(target_modules=["query"], init_r=4, target_r=2, total_step=10)
-    model = get_peft_model(bert().double(), config)
-    want = logits(model, "bert")
-    report = fastrank.patch(model)
-    assert set(report.delegated.values()) == {"AdaLoRA layers are not fused yet"}
-    assert [row.layer for row in report.rows()] == ["adalora.SVDLinear"] * LAYERS
-    assert torch.equal(logits(model, "bert"), want)
-    assert fastrank.unpatch(model) == 0
 
 
 def test_models_without_peft_model_around_them():

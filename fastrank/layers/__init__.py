@@ -8,11 +8,12 @@ from typing import Any
 
 # public name -> module that defines it
 _LAZY = {
+    "FastAdaLoraLinear": "fastrank.layers.adalora",
     "FastLoraLinear": "fastrank.layers.lora",
     "LowRankLinear": "fastrank.layers.low_rank",
 }
 
-__all__ = ["FastLoraLinear", "LowRankLinear"]
+__all__ = ["FastAdaLoraLinear", "FastLoraLinear", "LowRankLinear"]
 
 
 def __getattr__(name: str) -> Any:

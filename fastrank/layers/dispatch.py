@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastrank.layers.memo import Memo
+from fastrank.layers.memo import Memo, Number
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (Tensor, nn.Parameter)
@@ -34,6 +34,7 @@ class Calls:
     fused: int = 0
     delegated: dict[str, int] = field(default_factory=dict)
     traced: int = 0
+    _last: tuple[str, int] | None = None  # the last refusal, and how many calls were fused then
 
     def count(self, reason: str | None) -> None:
         """Record one call: fused when `reason` is None, else delegated for that reason."""
@@ -44,6 +45,13 @@ class Calls:
             self.fused += 1
         else:
             self.delegated[reason] = self.delegated.get(reason, 0) + 1
+            self._last = (reason, self.fused)
+
+    def outcome(self, unknown: str) -> str | None:
+        """Why the last call was delegated, None if it was fused, `unknown` if there was none."""
+        if self._last is None or self.fused > self._last[1]:
+            return None if self.fused else unknown
+        return self._last[0]
 
 
 @dataclass(eq=False)
@@ -55,7 +63,9 @@ class LayerState:
         backend: "auto", "triton" or "reference", handed to the kernel.
         precision: "peft" or "compute", handed to the kernel.
         calls: the counters, which a report may outlive the layer with.
-        memo: the last approved plan, for the next call to recognise.
+        memo: the last approved call, for the next one to recognise.
+        number: the last one-element parameter read (AdaLoRA's ranknum).
+        frozen: adapters whose ranknum was trainable before `patch` froze it.
     """
 
     name: str = ""
@@ -63,10 +73,12 @@ class LayerState:
     precision: str = "peft"
     calls: Calls = field(default_factory=Calls)
     memo: Memo | None = None
+    number: Number | None = None
+    frozen: list[str] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the layer has parts of its own
-        return self.__dict__ | {"memo": None}
+        return self.__dict__ | {"memo": None, "number": None}
 
 
 @torch.compiler.assume_constant_result
@@ -169,13 +181,19 @@ def tensor_reason(tensors: Mapping[str, Tensor | None], device: torch.device) ->
     return None
 
 
+def is_sharded(reason: str) -> bool:
+    """Whether a refusal may be due to parameters being gathered for calls alone."""
+    return reason == NOT_MATRICES or reason.endswith(" is a DTensor")
+
+
 def scale_reason(scale: Any) -> str | None:
     """Why the kernel can't take this scale, or None."""
     if isinstance(scale, Tensor) and torch.compiler.is_compiling():
         return None
     if not isinstance(scale, (int, float)):
         return "scaling is no number"
-    return None if math.isfinite(scale) else f"scaling is {scale!r}"
+    # not math.isfinite: torch.compile may hold the number as a symbol
+    return None if -math.inf < scale < math.inf else f"scaling is {scale!r}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -80,8 +80,9 @@ class FusedLayer:
     _labels: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_dropout")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # before PEFT's: it calls methods that are ours, and nn.Module's drops no plain attribute
+        object.__setattr__(self, "_fastrank", LayerState())
         super().__init__(*args, **kwargs)
-        self._fastrank = LayerState()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own = self.__dict__
@@ -148,7 +149,7 @@ class FusedLayer:
         """The fused call itself: x `[..., K]` -> `[..., N]`."""
         weight, bias, transposed, a, b, e, scale, dropout_p = operands
         if e is not None:
-            e, scale = _diagonal(e, scale)
+            e, scale = diagonal(e, scale)
         return lowrank_linear(
             x,
             weight.T if transposed else weight,
@@ -161,6 +162,16 @@ class FusedLayer:
             precision=state.precision,
             backend=state.backend,
         )
+
+    def adopt(self) -> None:
+        """What `patch` changes besides the class."""
+
+    def release(self) -> None:
+        """Undo `adopt`."""
+
+    def notes(self) -> list[str]:
+        """What a report should say of the layer besides fused or not."""
+        return []
 
     def _factors(self, name: str) -> Factors | str:
         """The adapter's operands, or why they can't be handed to a kernel."""
@@ -212,12 +223,8 @@ class FusedLayer:
 
     def _active_here(self) -> list[str]:
         """Names of the active adapters that this layer has, as often as PEFT would apply them."""
-        here = self._holder()
+        here = self._modules["lora_A"]
         return [name for name in self.active_adapters if name in here]
-
-    def _holder(self) -> Mapping[str, Any]:
-        """Adapter name -> its A, or the module with it."""
-        return self._modules["lora_A"]._modules
 
     def _adapter_reason(self) -> str | None:
         """Why the layer's adapters ask for PEFT's own forward, or None."""
@@ -275,7 +282,9 @@ class FusedLayer:
         return None
 
 
-def _diagonal(e: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
+def diagonal(e: Tensor | None, scale: float | Tensor) -> tuple[Tensor | None, float]:
     """e `[R]` of E `[R, 1]`, and the scale as a float: one that is a tensor goes into e."""
+    if e is None:
+        return None, scale
     e = e.reshape(-1)
     return (e * scale, 1.0) if isinstance(scale, Tensor) else (e, scale)

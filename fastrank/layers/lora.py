@@ -31,11 +31,12 @@ class LoraFactors:
         a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
         if a is None or b is None:
             return dispatch.NOT_MATRICES
+        scale = self.scaling[name]
         return Factors(
             A=a,
             B=b,
             E=None,
-            scale=self.scaling[name],
+            scale=float(scale) if isinstance(scale, int) else scale,
             parts=(Part(lora_a, _LINEAR_FORWARD, a), Part(lora_b, _LINEAR_FORWARD, b)),
             entries=((in_a, name, lora_a), (in_b, name, lora_b)),
         )
