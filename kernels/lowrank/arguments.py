@@ -144,12 +144,14 @@ def check_options(
 ) -> None:
     """Numbers and the dropout draw; ValueError or TypeError."""
     plain = type(scale) is float and type(dropout_p) is float and seed is None is row_ids
-    if plain and math.isfinite(scale) and 0.0 <= dropout_p < 1.0 and precision in PRECISIONS:
+    # compared, not math.isfinite: torch.compile may hold the numbers as symbols
+    finite = plain and -math.inf < scale < math.inf
+    if finite and 0.0 <= dropout_p < 1.0 and precision in PRECISIONS:
         return
     if not isinstance(scale, Real) or not isinstance(dropout_p, Real):
         name, value = ("scale", scale) if not isinstance(scale, Real) else ("dropout_p", dropout_p)
         raise TypeError(f"{name} has type {type(value).__name__}; pass a Python float")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale is {scale}; pass a finite number")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; pass 0 <= p < 1")
