@@ -12,11 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# name -> (target, shared memory that one program may have, in bytes)
-TARGETS: dict[str, tuple[GPUTarget, int]] = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
+from fastrank.kernels.common.launch import Gpu
+
+# GPUs to compile for
+TARGETS: dict[str, tuple[GPUTarget, Gpu]] = {
+    "sm_80": (GPUTarget("cuda", 80, 32), Gpu("sm_80", 108, 163 << 10)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Gpu("sm_90", 132, 227 << 10)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Gpu("gfx942", 304, 64 << 10)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the masked low-rank matmul, and the table of their tile sizes.
+"""Triton kernels of the masked low-rank matmul. Tile sizes are data: choices.json.
 
     shrink  P = drop(X) Qᵀ             S = drop(x) Aᵀ, U = dY B
     expand  O (+)= α D∘((P∘c) Q)       y += s (S∘e) Bᵀ, dx += s D∘((U∘e) A)
@@ -11,66 +11,15 @@ Key decisions
 - S and U stay fp32 (a few bytes a row); operands are rounded to DOT once, right before a dot.
 - Ranks that are off are never loaded from A, B or e, and a NaN in x that reaches their columns of P
   stays there: expand doesn't load them, and finish overwrites them by a select (0 * NaN is NaN).
+- A tile of ranks that are all off is skipped: masks on the device save time too, from tile to tile.
 - Trained ranks read dropped x, frozen ones x as it is: two dots on one tile when both can occur.
 - Row and column offsets are int64. R, row counts and p are runtime values: no recompilation.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from fastrank.kernels.common.jit import keep_tile, rank_masks, row_ids_tile, tile_dot
-
-
-class Tile(NamedTuple):
-    """Rows and wide columns of a tile, and how it is launched."""
-
-    block_m: int
-    block_w: int
-    num_warps: int
-    num_stages: int
-
-    def options(self, hip: bool) -> dict:
-        """Keywords of a launch."""
-        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        found["enable_fp_fusion"] = True  # a fused multiply-add only drops a rounding
-        if not hip:
-            # the hardware's limit, said aloud: left alone, ptxas spills a few bytes now and then
-            # to fit one more program on a multiprocessor
-            found["maxnreg"] = 255
-        return found
-
-
-# What multiplies: "half" is sixteen-bit operands, "tf32" fp32 operands on tensor cores (one product
-# or three), "ieee" fp32 as it is, outside the tensor cores of NVIDIA.
-#
-# (kernel, what multiplies) -> BLOCK_R -> tile. The largest BLOCK_R also serves larger ranks, in
-# several passes; expand loops over them, mostly once, so it has nothing to pipeline. Chosen so that
-# no variant spills.
-TILES: dict[tuple[str, str], dict[int, Tile]] = {
-    ("shrink", "half"): {16: Tile(64, 64, 4, 3), 32: Tile(64, 64, 4, 3), 64: Tile(128, 64, 8, 3)},
-    ("shrink", "tf32"): {16: Tile(64, 32, 4, 2), 32: Tile(64, 32, 8, 2)},
-    ("shrink", "ieee"): {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2)},
-    ("expand", "half"): {16: Tile(64, 128, 8, 1), 32: Tile(64, 128, 8, 1)},
-    ("expand", "tf32"): {16: Tile(64, 64, 8, 1)},
-    ("expand", "ieee"): {16: Tile(64, 64, 8, 1)},
-    ("gram", "half"): {16: Tile(32, 128, 8, 3), 32: Tile(32, 128, 8, 3), 64: Tile(32, 128, 8, 3)},
-    ("gram", "tf32"): {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 8, 2)},
-    ("gram", "ieee"): {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2)},
-    # its parts cost 4 R / block_w of the read they save: only narrow ranks gain
-    ("dual", "half"): {16: Tile(64, 256, 8, 3), 32: Tile(64, 256, 8, 3)},
-    ("dual", "tf32"): {16: Tile(32, 128, 8, 2)},
-    ("dual", "ieee"): {16: Tile(16, 128, 8, 2)},
-    ("finish", "any"): {16: Tile(0, 64, 4, 2), 64: Tile(0, 64, 4, 2)},
-}
-# AMD: a compute unit has 64 KiB of shared memory, and these two spill
-HIP_TILES = {
-    key: {r: tile._replace(num_stages=min(tile.num_stages, 2)) for r, tile in tiles.items()}
-    for key, tiles in TILES.items()
-}
-HIP_TILES["shrink", "half"][64] = Tile(128, 32, 8, 2)
-del HIP_TILES["dual", "half"][32]
 
 
 @triton.jit(do_not_specialize=["M", "R", "trained", "chunk_tiles", "threshold", "id_rows"])
@@ -118,7 +67,10 @@ def lowrank_shrink_kernel(
     if DROPOUT and MASKED:
         acc_frozen = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     start = i_s * chunk_tiles * BLOCK_W
-    for i_w in range(0, chunk_tiles):
+    tiles = chunk_tiles
+    if MASKED:  # a tile of ranks that are all off is zeros, and reads nothing
+        tiles = tl.where(tl.max(on.to(tl.int32), axis=0) > 0, chunk_tiles, 0)
+    for i_w in range(0, tiles):
         column = start + i_w * BLOCK_W
         o_w = column + tl.arange(0, BLOCK_W)
         m_w = o_w < W
@@ -220,16 +172,19 @@ def lowrank_expand_kernel(
     tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["M", "R", "chunk_tiles", "threshold", "id_rows"])
+@triton.jit(do_not_specialize=["M", "R", "trained", "chunk_tiles", "threshold", "id_rows"])
 def lowrank_gram_kernel(
     x_ptr,
     p_ptr,
     part_ptr,
+    active_ptr,
+    trainable_ptr,
     seed_ptr,
     row_ids_ptr,
     M,
     W,
     R,
+    trained,
     stride_xm,
     stride_xw,
     chunk_tiles,
@@ -239,29 +194,33 @@ def lowrank_gram_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """part[split] (W, R) = drop(x)ᵀ (W, M) p (M, R) over one chunk of rows."""
+    """part[split] (W, R) = drop(x)ᵀ (W, M) p (M, R) over one chunk of rows; untrained ranks: 0."""
     i_w = tl.program_id(0).to(tl.int64)
     i_r = tl.program_id(1)
     i_s = tl.program_id(2).to(tl.int64)
     o_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_w = o_w < W
-    m_r = o_r < R
+    _, is_trained = rank_masks(active_ptr, trainable_ptr, o_r, R, trained, MASKED)
 
     acc = tl.zeros((BLOCK_W, BLOCK_R), dtype=tl.float32)
     start = i_s * chunk_tiles * BLOCK_M
-    for i_m in range(0, chunk_tiles):
+    tiles = chunk_tiles
+    if MASKED:  # only trained ranks have gradients
+        tiles = tl.where(tl.max(is_trained.to(tl.int32), axis=0) > 0, chunk_tiles, 0)
+    for i_m in range(0, tiles):
         o_m = start + i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         m_m = o_m < M
         p_x = x_ptr + o_m[:, None] * stride_xm + o_w[None, :] * stride_xw
         b_x = tl.load(p_x, mask=m_m[:, None] & m_w[None, :], other=0.0)
         p_p = p_ptr + o_m[:, None] * R + o_r[None, :]
-        b_p = tl.load(p_p, mask=m_m[:, None] & m_r[None, :], other=0.0)
+        b_p = tl.load(p_p, mask=m_m[:, None] & is_trained[None, :], other=0.0)
         if DROPOUT:
             row = row_ids_tile(row_ids_ptr, o_m, id_rows)
             kept = keep_tile(seed_ptr, row, i_w * BLOCK_W, threshold, BLOCK_M, BLOCK_W)
@@ -271,7 +230,7 @@ def lowrank_gram_kernel(
     if DROPOUT:
         acc = acc * inv_keep
     p_part = part_ptr + (i_s * W + o_w[:, None]) * R + o_r[None, :]
-    tl.store(p_part, acc, mask=m_w[:, None] & m_r[None, :])
+    tl.store(p_part, acc, mask=m_w[:, None] & (o_r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "R", "chunk_tiles"])

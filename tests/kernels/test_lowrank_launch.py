@@ -7,11 +7,13 @@ what shows that row counts, ranks, masks and p are runtime values.
 import pytest
 import torch
 
+from fastrank.kernels.common.launch import Gpu, plan_launches, pretend
 from fastrank.kernels.lowrank import core
 
 pytestmark = pytest.mark.aot
 
 KERNELS = [f"lowrank_{n}_kernel" for n in ("shrink", "expand", "gram", "dual", "finish")]
+H100 = Gpu("sm_90", 132, 227 << 10)
 
 
 @pytest.fixture
@@ -19,8 +21,6 @@ def compiled(monkeypatch):
     """(kernel, hash of what was compiled) of each distinct launch since the fixture began."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-
-    from fastrank.kernels.lowrank import triton_path
 
     class Driver:
         def get_current_target(self):
@@ -34,23 +34,14 @@ def compiled(monkeypatch):
 
     seen = set()
 
-    class Compiled:
-        def __init__(self, kernel):
-            self.kernel = kernel
+    def compile_only(kernel, grid, arguments):
+        assert all(n > 0 for n in grid)
+        found = kernel.run(grid=grid, warmup=True, **arguments)
+        seen.add((kernel.__name__, found.hash))
 
-        def __getitem__(self, grid):
-            assert all(n > 0 for n in grid)
-
-            def launch(**arguments):
-                found = self.kernel.run(grid=grid, warmup=True, **arguments)
-                seen.add((self.kernel.__name__, found.hash))
-
-            return launch
-
-    for name in KERNELS:
-        monkeypatch.setattr(triton_path, name, Compiled(getattr(triton_path, name)))
     monkeypatch.setattr(driver, "_active", Driver())
-    return seen
+    with plan_launches(compile_only), pretend(H100):
+        yield seen
 
 
 def step(M: int, p: float = 0.1, R: int = 8, active=None, row_ids=None) -> None:
