@@ -68,6 +68,12 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def _widen_small(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to the products' dtype whole where that is one block anyway."""
+    small = tensor.dtype != dtype and tensor.numel() <= _BLOCK_ELEMENTS
+    return tensor.to(dtype) if small else tensor
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -105,15 +111,21 @@ def add_(
     keep = None
     if branch.dropout_p > 0.0 and branch.trained > 0:
         S, keep = _shrink_dropped(x, A, branch, aux)
-    elif x.dtype == dtype:
-        S = _cast(torch.mm(x, A.t()), _wide(dtype))
     else:
-        S = torch.empty(x.shape[0], A.shape[0], dtype=dtype)
-        for block in _row_blocks(*x.shape):
-            torch.mm(x[block].to(dtype), A.t(), out=S[block])
+        S = _shrink(_widen_small(x, dtype), A)
     T = S if c is None else S * c
     _add_product(y, _cast(T, dtype), _cast(B, dtype).t(), branch.scale)
     return S, keep
+
+
+def _shrink(x: Tensor, A: Tensor) -> Tensor:
+    """S = x Aᵀ `[M, R]`."""
+    if x.dtype == A.dtype:
+        return _cast(torch.mm(x, A.t()), _wide(A.dtype))
+    S = torch.empty(x.shape[0], A.shape[0], dtype=A.dtype)
+    for block in _row_blocks(*x.shape):
+        torch.mm(x[block].to(A.dtype), A.t(), out=S[block])
+    return S
 
 
 def _shrink_dropped(x: Tensor, A: Tensor, branch: Branch, aux: Aux) -> tuple[Tensor, Tensor]:
@@ -144,6 +156,8 @@ def _add_product(out: Tensor, P: Tensor, Q: Tensor, alpha: float) -> None:
         out.addmm_(P, Q, alpha=alpha)
     elif out.numel() > _SPLIT_ELEMENTS and out.dtype == torch.bfloat16 and bf16_units():
         out.addmm_(*_split(P, Q), alpha=alpha)
+    elif out.numel() <= _BLOCK_ELEMENTS:
+        out.add_(torch.mm(P, Q), alpha=alpha)
     else:
         for block in _row_blocks(*out.shape):
             out[block].add_(P[block] @ Q, alpha=alpha)
@@ -237,8 +251,7 @@ def _read_dy(
     """
     B = None if B is None else _cast(B, dtype)
     S = None if S is None else _cast(S, dtype)
-    if dtype == torch.bfloat16:
-        dy = _cast(dy, dtype)
+    dy = _cast(dy, dtype) if dtype == torch.bfloat16 else _widen_small(dy, dtype)
     if dy.dtype == dtype:
         U = None if B is None else torch.mm(dy, B)
         return U, None if S is None else _cast(torch.mm(S.t(), dy), _wide(dtype))
@@ -256,7 +269,8 @@ def _read_dy(
 
 def _gram_x(U: Tensor, x: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
     """H = Uᵀ xh `[R, K]`, without the scale and dropout's factor."""
-    if keep is None and x.dtype == dtype:
+    x = x if keep is not None else _widen_small(x, dtype)
+    if x.dtype == dtype and keep is None:
         return _cast(torch.mm(U.t(), x), _wide(dtype))
     H = torch.zeros(U.shape[1], x.shape[1], dtype=_wide(dtype))
     for block in _row_blocks(*x.shape):

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastrank.kernels.common import choose_backend
-from fastrank.kernels.lowrank import reference, registered  # noqa: F401  (registers the ops)
+from fastrank.kernels.lowrank import plain, reference, registered  # noqa: F401  (registers ops)
 from fastrank.kernels.lowrank.arguments import (
+    PRECISIONS,
     Aux,
     Branch,
     check_base_dtypes,
@@ -71,6 +72,16 @@ def lowrank_linear(
     Raises:
         ValueError, TypeError: arguments that don't fit, with what was wanted.
     """
+    if (
+        active is None is trainable
+        and e is None
+        and dropout_p == 0.0
+        and backend == "auto"
+        and seed is None is row_ids
+        and precision in PRECISIONS
+        and plain.fits(x, weight, bias, A, B, scale)
+    ):
+        return plain.linear(x, weight, bias, A, B, scale)
     if not plainly_right(x, weight, bias, A, B, e):
         check_tensors(x, A, B, e, weight=weight, bias=bias)
         if weight is None:
@@ -81,8 +92,8 @@ def lowrank_linear(
     if autocast is None:
         check_base_dtypes(x, weight, bias)
     backend = choose_backend(backend, x.device, autocast or x.dtype)
-    plain = (float(scale), float(dropout_p), backend, autocast, precision)
-    return _run(None, x, weight, bias, A, B, e, active, trainable, seed, row_ids, *plain)
+    options = (float(scale), float(dropout_p), backend, autocast, precision)
+    return _run(None, x, weight, bias, A, B, e, active, trainable, seed, row_ids, *options)
 
 
 def lowrank_add(
@@ -134,8 +145,8 @@ def lowrank_add(
                 "cast y, or pass backend='auto'"
             )
         backend = "reference"
-    plain = (float(scale), float(dropout_p), backend, autocast, precision)
-    return _run(y, x, None, None, A, B, e, active, trainable, seed, row_ids, *plain, inplace)
+    options = (float(scale), float(dropout_p), backend, autocast, precision)
+    return _run(y, x, None, None, A, B, e, active, trainable, seed, row_ids, *options, inplace)
 
 
 def _run(
@@ -172,16 +183,16 @@ def _run(
         return y.copy_(out) if inplace else out
 
     seed = seed if dropout_p > 0.0 else None
-    plain = (scale, dropout_p, backend, autocast, precision)
+    options = (scale, dropout_p, backend, autocast, precision)
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         mask, prefix = (None, active) if isinstance(active, int) else (active, None)
-        tail = (A, B, e, mask, prefix, trainable, seed, row_ids, *plain)
+        tail = (A, B, e, mask, prefix, trainable, seed, row_ids, *options)
         if y is None:
             return torch.ops.fastrank.lowrank_linear(x, weight, bias, *tail)[0]
         out = torch.ops.fastrank.lowrank_add(y, x, *tail)[0]
         return y.copy_(out) if inplace else out
 
-    branch, aux = prepare(A, active, trainable, seed, row_ids, *plain)
+    branch, aux = prepare(A, active, trainable, seed, row_ids, *options)
     if y is not None and not inplace:
         y = y.clone(memory_format=torch.contiguous_format)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, A, B, e, y):
