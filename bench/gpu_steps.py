@@ -181,9 +181,20 @@ def tune(out: Path, setting: Setting, deadline: float) -> bool:
     return module.sweep(folder, deadline=deadline)
 
 
+def _use_tuned_choices(out: Path) -> None:
+    """Measure with the table that the sweep on this machine wrote, where it is there."""
+    table = out / "tune" / "choices.json"
+    if table.exists():
+        from fastrank.kernels.lowrank.choices import load_choices
+
+        load_choices(table)
+        print(f"choices of {table}")
+
+
 def measure_lowrank(out: Path, setting: Setting, deadline: float) -> bool:
     """lowrank.json: the grid, case by case."""
     device = pick_device(setting.device)
+    _use_tuned_choices(out)
     results = Results(out / "lowrank.json", environment(device), resume=True)
     cases = grids.cases(device, quick=setting.rehearsal)
     seconds = _GRID_SECONDS[device.type]
@@ -196,6 +207,7 @@ def measure_lowrank(out: Path, setting: Setting, deadline: float) -> bool:
 def sweep_ranks(out: Path, setting: Setting, deadline: float) -> bool:
     """rank-sweep.json: one layer as its ranks are pruned."""
     device = pick_device(setting.device)
+    _use_tuned_choices(out)
     results = Results(out / "rank-sweep.json", environment(device), resume=True)
     seconds = 5.0 if setting.rehearsal else 60.0
     if time.monotonic() + seconds > deadline:
@@ -211,6 +223,7 @@ def train(out: Path, setting: Setting, deadline: float) -> bool:
     if not has_peft():
         raise Skipped("PEFT is not installed")
     device = pick_device(setting.device)
+    _use_tuned_choices(out)
     results = Results(out / "train-step.json", environment(device), resume=True)
     shape, sequence = ("tiny", 32) if setting.rehearsal else ("llama-3-8b", 2048)
     seconds = 1.0 if setting.rehearsal else 60.0

@@ -84,7 +84,7 @@ def run(
             torch.set_num_threads(threads)
         path = None if out is None else Path(out)
         results = Results(path, environment(where), resume=resume)
-        results.write()
+        results.check_writable()
         if rank_sweep:
             measure_sweep(where, quick, results, seconds or (10.0 if quick else 60.0))
         else:
@@ -129,7 +129,7 @@ def measure_cases(
         )
         about = max(seconds, plan.least(rounds)) / 60
         report.line(f"{len(cases)} cases, about {about:.1f} minutes")
-        report.start(len(cases))
+        report.start(len(cases) * len(modes))
         for case in cases:
             if time.monotonic() > deadline:
                 return False

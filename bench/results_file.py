@@ -70,6 +70,11 @@ class Results:
             self._done.add((row["case"]["name"], row["mode"]))
         self.write()
 
+    def check_writable(self) -> None:
+        """Make the file where there is none: a bad path shows before the work, not after it."""
+        if self.path is not None and not self.path.exists():
+            self.write()
+
     def write(self) -> None:
         """Replace the file by the present rows."""
         if self.path is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -143,7 +144,7 @@ def run(
         if threads is not None:
             torch.set_num_threads(threads)
         results = Results(None if out is None else Path(out), environment(where))
-        results.write()
+        results.check_writable()
         measure(case, where, results, seconds or (2.0 if quick else 60.0))
         return results.content()
     finally:
@@ -231,7 +232,7 @@ def measure(case: Case, device: torch.device, results: Results, seconds: float) 
         losses = {}
         for name, step in list(steps.items()):
             losses[name] = _look_at(step, found[name], device)
-            if name == "fastrank":
+            if name == "fastrank" and found[name].skipped is None:
                 _check_fused(patch(model))
             if found[name].skipped is not None:
                 del steps[name]
@@ -308,6 +309,10 @@ def _look_at(step: TrainStep, entry: Measured, device: torch.device) -> float | 
         entry.memory = measure_memory(step, held, device)
     except torch.OutOfMemoryError:
         entry.skipped = "out of memory"
+        return None
+    except Exception as error:
+        traceback.print_exc()
+        entry.skipped = f"failed: {type(error).__name__}: {first_line(error)}"
         return None
     return loss
 
