@@ -1,6 +1,7 @@
 """One adapted layer, stock and patched, and what a call of it gives."""
 
 import copy
+import math
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -81,5 +82,6 @@ def errors(result, exact):
     return {n: float((a.double() - b).norm() / b.norm()) for n, (a, b) in pairs.items()}
 
 
-def rms(values):
-    return (sum(value**2 for value in values) / len(values)) ** 0.5
+def typical(values):
+    """Geometric mean: relative errors of sums that nearly cancel have a heavy tail."""
+    return math.exp(sum(math.log(value + 1e-15) for value in values) / len(values))
