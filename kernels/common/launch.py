@@ -83,10 +83,6 @@ def split_count(programs: int, pieces: int, most: int, units: int) -> int:
     return max(1, min(2 * units // max(programs, 1), pieces, most))
 
 
-def is_hip() -> bool:
-    return torch.version.hip is not None
-
-
 def launch_options(num_warps: int, num_stages: int, hip: bool) -> dict:
     """Keywords of a Triton launch."""
     found = {"num_warps": num_warps, "num_stages": num_stages}
