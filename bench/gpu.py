@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(argv)
         if options.step is not None:
-            return run_step(options.step, Path(options.out), options.device, options.budget)
+            setting = (options.device, options.budget, options.seconds)
+            return run_step(options.step, Path(options.out), *setting)
         return _run(options)
     except UsageError as error:
         print(f"fastrank.bench.gpu: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -58,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the steps and what DIR has of them")
     add("--budget", type=float, default=520.0, metavar="SECONDS", help="of one call (default 520)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses, on small shapes")
-    add("--step", help=argparse.SUPPRESS)  # the process of one step
+    # the process of one step, and what is left of the call
+    add("--step", help=argparse.SUPPRESS)
+    add("--seconds", type=float, help=argparse.SUPPRESS)
     return parser
 
 
@@ -87,7 +90,9 @@ def _run(options: argparse.Namespace) -> int:
             forget_failures(out, name)
 
     def in_process(name: str, seconds: float, log: Path) -> int | None:
-        return _start(name, out, options.device, seconds, log)
+        command = [sys.executable, "-m", "fastrank.bench.gpu", "--step", name, "--out", str(out)]
+        command += ["--device", options.device, "--budget", str(options.budget)]
+        return _start([*command, "--seconds", str(seconds)], seconds, log)
 
     return run_all(
         out, in_process, tuple(STEPS), options.only or (), options.budget,
@@ -192,9 +197,7 @@ class State:
         write_json(self.path, {"steps": self.steps})
 
 
-def _start(name: str, out: Path, device: str, seconds: float, log: Path) -> int | None:
-    command = [sys.executable, "-m", "fastrank.bench.gpu", "--step", name, "--out", str(out)]
-    command += ["--device", device, "--budget", str(seconds)]
+def _start(command: Sequence[str], seconds: float, log: Path) -> int | None:
     with log.open("a") as file:
         try:
             return subprocess.run(
@@ -204,8 +207,8 @@ def _start(name: str, out: Path, device: str, seconds: float, log: Path) -> int 
             return None
 
 
-def run_step(name: str, out: Path, device: str, seconds: float) -> int:
-    """One step in this process; its exit status says how it ended."""
+def run_step(name: str, out: Path, device: str, budget: float, seconds: float) -> int:
+    """One step in this process, with so many seconds left; its exit status says how it ended."""
     deadline = time.monotonic() + seconds
     from fastrank.bench.gpu_steps import STEPS, Failed, Setting, Skipped
     from fastrank.bench.harness import DeviceLost
@@ -213,7 +216,7 @@ def run_step(name: str, out: Path, device: str, seconds: float) -> int:
     if name not in STEPS:
         raise UsageError(f"no step is called {name!r}; choose from {', '.join(STEPS)}")
     try:
-        finished = STEPS[name](out, Setting(device, seconds), deadline)
+        finished = STEPS[name](out, Setting(device, budget), deadline)
     except Skipped as reason:
         print(reason)
         return _SKIPPED

@@ -43,7 +43,7 @@ class Setting:
     """
     Args:
         device: "cuda", or "cpu" to rehearse every step on small shapes.
-        budget: seconds that one call may take.
+        budget: seconds that a whole call has, of which this step may get less.
     """
 
     device: str

@@ -204,13 +204,17 @@ class TrainStep:
 
 
 class _Clock:
-    """Prepares a model for its variant before its sample."""
+    """Gives the model its variant's layers before a sample, and a step to get used to them.
+
+    Layers that have just changed class find no cache of theirs filled, as they never do in training.
+    """
 
     def __init__(self, clock: timing.Clock) -> None:
         self.clock = clock
 
     def seconds(self, step: TrainStep, calls: int) -> float:
         step.prepare(step.model)
+        step()
         return self.clock.seconds(step, calls)
 
 

@@ -120,13 +120,14 @@ def test_a_damaged_state_is_refused(tmp_path, capsys):
 def test_how_a_step_ends_is_its_exit_status(tmp_path, monkeypatch, raised, code, capsys):
     def step(out, setting, deadline):
         assert setting.rehearsal
+        assert setting.budget == 500.0
         assert 0 < deadline - time.monotonic() <= 100
         if isinstance(raised, Exception):
             raise raised
         return raised is None
 
     monkeypatch.setitem(gpu_steps.STEPS, "matmul", step)
-    assert gpu.run_step("matmul", tmp_path, "cpu", 100.0) == code
+    assert gpu.run_step("matmul", tmp_path, "cpu", 500.0, 100.0) == code
 
 
 def test_bad_input(tmp_path, capsys):
@@ -186,6 +187,19 @@ def test_tests_are_run_file_by_file(tmp_path, monkeypatch):
     (root / "tests" / "test_bad.py").write_text("import pytest\npytestmark = pytest.mark.gpu\n")
     gpu_steps.forget_failures(tmp_path, "tests")
     assert gpu_steps.run_tests(tmp_path, setting, later)
+
+
+def test_a_file_of_tests_gets_a_whole_call_before_it_counts_as_endless(tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    (root / "tests").mkdir(parents=True)
+    (root / "tests" / "test_one.py").write_text("import pytest\npytestmark = pytest.mark.gpu\n")
+    monkeypatch.setattr(gpu_steps, "ROOT", root)
+    monkeypatch.setattr(gpu_steps, "_run_tests_of", lambda *arguments: None)
+    later = time.monotonic() + 100
+    assert gpu_steps.run_tests(tmp_path, gpu_steps.Setting("cpu", 500.0), later) is False
+    assert not (tmp_path / "tests.json").exists()
+    with pytest.raises(gpu_steps.Failed, match="test_one"):
+        gpu_steps.run_tests(tmp_path, gpu_steps.Setting("cpu", 110.0), later)
 
 
 def row(**changes):

@@ -135,6 +135,24 @@ def test_a_variant_that_cannot_run_leaves_its_reason(build, reason, bad, monkeyp
     assert lowrank.summary(results.rows) == [f"2 rows skipped, {bad} of them failures"]
 
 
+def test_a_graph_that_cannot_be_captured_leaves_the_eager_row(monkeypatch, capsys):
+    cell = harness.Cell(SMALL, grids.builders(SMALL, CPU), CPU)
+    cell.prepare()
+
+    def captured(step, device):
+        if step is cell.steps["peft"]:
+            raise RuntimeError("not while capturing")
+        return step
+
+    monkeypatch.setattr(timing, "captured", captured)
+    for mode in ("full-graph", "full"):
+        found = cell.measure(mode, timing.clock_for(CPU), 0.1)
+        rows = harness.rows("lowrank", SMALL.as_dict(), mode, found, grids.pairs(list(found)))
+        reasons = [row.get("skipped") for row in rows]
+        failed = "peft: failed: RuntimeError: not while capturing"
+        assert reasons == ([None, failed, failed] if mode == "full-graph" else [None] * 3)
+
+
 def test_a_failed_row_is_the_commands_status(monkeypatch, capsys):
     builders = grids.builders(SMALL, CPU) | {"fastrank": broken}
     monkeypatch.setattr(grids, "builders", lambda case, device: builders)
