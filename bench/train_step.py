@@ -206,7 +206,7 @@ class TrainStep:
 class _Clock:
     """Gives the model its variant's layers before a sample, and a step to get used to them.
 
-    Layers that have just changed class find no cache of theirs filled, as they never do in training.
+    Layers that have just changed class find none of their caches filled, unlike in training.
     """
 
     def __init__(self, clock: timing.Clock) -> None:
