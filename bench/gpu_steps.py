@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastrank.bench import grids, lowrank, rank_sweep, timing, train_step
+from fastrank.bench.cases import Case
 from fastrank.bench.environment import environment, pick_device
 from fastrank.bench.results_file import Results, failures, write_json
 from fastrank.bench.variants import has_peft
@@ -191,16 +192,32 @@ def _use_tuned_choices(out: Path) -> None:
         print(f"choices of {table}")
 
 
+def measure_shipped(out: Path, setting: Setting, deadline: float) -> bool:
+    """lowrank-shipped.json: the target's shape with the choices that ship, before any tuning."""
+    device = pick_device(setting.device)
+    target, *others = grids.cases(device, quick=setting.rehearsal)
+    shape = (target.M, target.K, target.N, target.R)
+    same = [case for case in others if shape == (case.M, case.K, case.N, case.R)]
+    seconds = 5.0 if setting.rehearsal else 30.0
+    return _measure_grid(out / "lowrank-shipped.json", [target, *same], device, seconds, deadline)
+
+
 def measure_lowrank(out: Path, setting: Setting, deadline: float) -> bool:
-    """lowrank.json: the grid, case by case."""
+    """lowrank.json: the grid, case by case, with the choices of this machine's sweep if any."""
     device = pick_device(setting.device)
     _use_tuned_choices(out)
-    results = Results(out / "lowrank.json", environment(device), resume=True)
     cases = grids.cases(device, quick=setting.rehearsal)
     seconds = _GRID_SECONDS[device.type]
+    return _measure_grid(out / "lowrank.json", cases, device, seconds, deadline)
+
+
+def _measure_grid(
+    path: Path, cases: list[Case], device: torch.device, seconds: float, deadline: float
+) -> bool:
+    results = Results(path, environment(device), resume=True)
     finished = lowrank.measure_cases(cases, device, results, seconds, deadline)
     if finished and failures(results.rows):
-        raise Failed(f"{failures(results.rows)} rows failed; lowrank.json has the reasons")
+        raise Failed(f"{failures(results.rows)} rows failed; {path.name} has the reasons")
     return finished
 
 
@@ -261,6 +278,7 @@ STEPS: dict[str, Step] = {
     "bandwidth": measure_bandwidth,
     "matmul": measure_matmul,
     "tests": run_tests,
+    "lowrank-shipped": measure_shipped,
     "tune": tune,
     "lowrank": measure_lowrank,
     "rank-sweep": sweep_ranks,

@@ -83,7 +83,12 @@ def _tests(out: Path) -> list[str]:
 
 
 def _grid(out: Path) -> list[str]:
-    rows = _rows(out / "lowrank.json")
+    shipped = _grid_of(out / "lowrank-shipped.json", "## One layer, with the choices that ship")
+    return shipped + _grid_of(out / "lowrank.json", "## One layer")
+
+
+def _grid_of(path: Path, title: str) -> list[str]:
+    rows = _rows(path)
     if not rows:
         return []
     table = []
@@ -103,7 +108,7 @@ def _grid(out: Path) -> list[str]:
     heading = ("case", "mode", "variant", "baseline", "baseline ms", "variant ms", "speed-up",
                "peak MB, both", "error, both")  # fmt: skip
     said = [f"- {line}" for line in lowrank.summary(rows)]
-    return ["", "## One layer", "", *said, "", *_table(heading, table)]
+    return ["", title, "", *said, "", *_table(heading, table)]
 
 
 def _roofline(out: Path) -> list[str]:
