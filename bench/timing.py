@@ -19,7 +19,7 @@ Step = Callable[[], object]
 
 # of one sample; the clock's resolution is below a microsecond
 _SAMPLE_SECONDS = 2e-3
-# fewer make no median
+# fewer make a poor median
 MIN_ROUNDS = 5
 
 
@@ -97,7 +97,7 @@ def interleave(
     clock: Clock,
     *,
     seconds: float,
-    min_rounds: int = MIN_ROUNDS,
+    min_rounds: int | None = None,
     max_rounds: int = 150,
 ) -> dict[str, Timing]:
     """Time variants in turn.
@@ -106,12 +106,15 @@ def interleave(
         steps: variant name -> one call of it.
         clock: what measures a sample.
         seconds: about how long all of it may take, the warm-up included.
-        min_rounds: at least so many samples of each variant, whatever they take.
+        min_rounds: at least so many samples of each variant, whatever they take; None for
+            MIN_ROUNDS, or 3 where there is no time at all.
         max_rounds: at most so many.
 
     Returns:
         Variant name -> seconds of one call.
     """
+    if min_rounds is None:
+        min_rounds = MIN_ROUNDS if seconds > 0 else 3
     begin = time.perf_counter()
     estimate = {}
     for name, step in steps.items():

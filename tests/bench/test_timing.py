@@ -58,7 +58,8 @@ def test_the_number_of_rounds_follows_the_time_given():
         steps = {"a": lambda: torch.ones(200_000).exp_()}
         return interleave(steps, CpuClock(), seconds=seconds, max_rounds=50)["a"].samples
 
-    assert rounds(0.0) == 5
+    assert rounds(0.0) == 3
+    assert rounds(1e-9) == 5
     assert 5 < rounds(1.0) <= 50
     steps = {"a": FakeStep("a", 1e-6)}
     assert interleave(steps, FakeClock(), seconds=1e9, max_rounds=7)["a"].samples == 7
