@@ -99,13 +99,13 @@ def backward(
         if need_dB:
             G = gram(call, dy, S, dropout=False)
     if need_dB:
-        dB = torch.empty(B.shape, dtype=like[1].dtype, device=dy.device)
-        de = finish(call, G, dB, dB.stride()[::-1], B, B_strides, e, need_de)
+        dB, written = _room_for(like[1], 1, B.shape[1], aux)
+        de = finish(call, G, written, written.stride()[::-1], B, B_strides, e, need_de)
     if need_dA:
         H = gram(call, x, U, call.dropout)
-        dA = torch.empty(A.shape, dtype=like[0].dtype, device=dy.device)
+        dA, written = _room_for(like[0], 0, A.shape[0], aux)
         from_H = need_de and not need_dB
-        share = finish(call, H, dA, dA.stride(), A, A.stride(), e, from_H)
+        share = finish(call, H, written, written.stride(), A, A.stride(), e, from_H)
         de = share if from_H else de
     if from_rows:
         de = _masked_row_sum(call, U, S)
@@ -121,6 +121,19 @@ def backward(
         for wanted, grad, dim, of in zip(needs[1:], (dA, dB, de), (0, 1, 0), like, strict=True)
     )
     return dx, *grads
+
+
+def _room_for(like: Tensor, dim: int, kept: int, aux: Aux) -> tuple[Tensor, Tensor]:
+    """Where a gradient goes: what scatter() takes, and its part for the ranks that are kept.
+
+    Of a prefix that part is a view, so that nothing is copied and its strides don't follow kept.
+    """
+    shape = list(like.shape)
+    if aux.index is not None:
+        shape[dim] = kept
+    make = torch.empty if kept == shape[dim] else torch.zeros
+    whole = make(shape, dtype=like.dtype, device=like.device)
+    return whole, whole.narrow(dim, 0, kept)
 
 
 def _masked_row_sum(call: Call, U: Tensor, S: Tensor) -> Tensor:

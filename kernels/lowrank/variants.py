@@ -1,7 +1,7 @@
 """Every specialisation that the launchers can select, to be compiled ahead of time.
 
-An entry fixes what changes the machine code: operand types, tile, and flags. Integers are taken to
-be multiples of 16 where Triton specialises on that, and inner strides to be 1, as in real layers.
+An entry fixes what changes the machine code: operand types, tile, and flags. Sizes are taken to be
+multiples of 16 where Triton specialises on that, and inner strides to be 1, as in real layers.
 """
 
 import itertools
@@ -116,6 +116,8 @@ def _variant(
             fixed |= dict.fromkeys(pointers)
     known = _TYPES | {"x_ptr": f"*{x}", "q_ptr": f"*{q}", "out_ptr": f"*{out}"}
     known |= {"w_ptr": f"*{x}", "bias_ptr": f"*{x}"}
+    if by_column:  # the rank itself, seldom a multiple of 16
+        known |= {"stride_qw": "i32", "stride_ow": "i32"}
     names = kernel.arg_names
     constants = {n: fixed[n] for n in names if n in fixed}
     return Variant(kernel, block_r, tile, {n: known[n] for n in names if n not in fixed}, constants)

@@ -9,6 +9,7 @@ import torch
 
 from fastrank.kernels.common.launch import Gpu, plan_launches, pretend
 from fastrank.kernels.lowrank import core
+from fastrank.kernels.lowrank.choices import override
 
 pytestmark = pytest.mark.aot
 
@@ -73,6 +74,49 @@ def test_nothing_that_varies_in_training_recompiles(compiled):
     step(128, active=torch.arange(8) % 2 == 0)
     step(128, row_ids=torch.arange(128))
     assert compiled == first
+
+
+def test_masks_on_the_device_recompile_nothing(compiled, monkeypatch):
+    """A runtime prefix of any length, a mask, and what may be trained: values, not variants."""
+
+    def resolve(active, trainable, ranks, device):
+        active = torch.arange(ranks) < active if active.dim() == 0 else active
+        return ranks, ranks, None, active, trainable
+
+    monkeypatch.setattr(core, "resolve_masks", resolve)
+    step(128, R=256, active=torch.tensor(256))
+    first = set(compiled)
+    for prefix in (192, 17, 16, 1, 0):
+        step(128, R=256, active=torch.tensor(prefix))
+    step(129, R=256, active=torch.arange(256) % 3 == 0)
+    assert compiled == first
+
+
+@pytest.mark.parametrize("route", ["vendor", "gemm"])
+def test_a_prefix_on_the_host_recompiles_nothing(compiled, route):
+    """Ranks that share a tile; the strides of A and B stay those of all ranks."""
+    rules = {operands: [{"use": route}] for operands in ("half", "mixed")}
+    with override({"routes": dict.fromkeys(("forward", "forward_any", "dx", "dx_any"), rules)}):
+        layer(32)
+        first = set(compiled)
+        assert ("lowrank_gemm_kernel" in {name for name, _ in first}) == (route == "gemm")
+        for prefix in (31, 24, 17):
+            layer(32, active=prefix)
+        assert compiled == first
+        compiled.clear()
+        layer(32, active=0)
+        assert not compiled
+
+
+def layer(R: int, active: int | None = None) -> None:
+    """Forward and backward of the whole linear."""
+    x, weight, dy = (torch.zeros(128, 128).bfloat16() for _ in range(3))
+    A, B = torch.zeros(R, 128), torch.zeros(128, R)
+    plain = (0.5, 0.0, "triton", torch.bfloat16, "peft")
+    branch, aux = core.prepare(A, active, None, None, None, *plain)
+    _, S, keep = core.forward(None, x, weight, None, A, B, None, branch, aux)
+    needs = (True, False, False, True, True, False)
+    core.backward(dy, x, weight, A, B, None, S, keep, branch, aux, needs, torch.bfloat16)
 
 
 def test_ranks_share_a_tile(compiled):
