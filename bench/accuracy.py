@@ -15,7 +15,7 @@ from torch import Tensor
 from fastrank.bench.cases import LayerStep
 
 # rows that errors are measured on: a float64 product of more costs seconds
-MAX_ROWS = 512
+MAX_ROWS = 256
 # above it a result is wrong, not rounded, and its time says nothing
 WRONG = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 _SEED = 20

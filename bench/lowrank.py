@@ -11,7 +11,8 @@ import argparse
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def measure_cases(
     _warm_up(device)
     rounds = plan.seconds_per_round(cases, device)
     budget = plan.Budget(seconds, plan.weights(rounds))
-    with Report(_COLUMNS) as report:
+    with Report(_COLUMNS) as report, _light_collections():
         where = results.environment
         report.line(
             f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
@@ -138,6 +139,17 @@ def measure_cases(
         for line in summary(results.rows):
             report.line(line)
     return True
+
+
+@contextmanager
+def _light_collections() -> Iterator[None]:
+    """Garbage collections that pass over what was imported: over 0.1 s less before each case."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _warm_up(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from fastrank.bench import peers, timing, variants
 from fastrank.bench.cases import Case, Operands
 
 # rounds of all variants that building, error, memory and warm-up cost, and that shall be timed
-_BEFORE, _TIMED = 6, 7
+_BEFORE, _TIMED = 5, 8
 # seconds that a case of short steps takes: the samples' least length times their number
 _LEAST = 0.8
 

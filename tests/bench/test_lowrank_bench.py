@@ -226,7 +226,7 @@ def test_larger_cases_are_worth_more():
     assert 0 < 100 * small < large
     weights = plan.weights([small, large])
     assert weights[0] < weights[1]
-    assert plan.least([small, large]) == pytest.approx(11 * (small + large))
+    assert plan.least([small, large]) == pytest.approx(10 * (small + large))
 
 
 def test_memory_is_of_one_step(quick):
