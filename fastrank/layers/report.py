@@ -205,7 +205,9 @@ def _reason(module: nn.Module) -> str | None:
         if not isinstance(plan, str):
             return None
         # what is sharded between calls may be whole inside them: only calls can tell
-        return module._fastrank.calls.outcome(plan) if dispatch.is_sharded(plan) else plan
+        if dispatch.is_sharded(plan):
+            return module._fastrank.calls.outcome(f"{plan}, so the first call will tell")
+        return plan
     classes = fast_classes()
     if type(module) in classes:
         return "not patched: call patch again"
