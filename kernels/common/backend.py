@@ -36,6 +36,19 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     )
 
 
+class Setting:
+    """What "auto" stands for: read from the environment at first use, since every look at it costs
+    as much as a small product."""
+
+    backend: str | None = None
+
+    @classmethod
+    def read(cls) -> str:
+        if cls.backend is None:
+            cls.backend = os.environ.get("FASTRANK_BACKEND", "auto")
+        return cls.backend
+
+
 @functools.cache
 def _log_once(device: str, chosen: str, reason: str | None) -> None:
     _log.info("kernels on %s: %s%s", device, chosen, f" ({reason})" if reason else "")
@@ -53,7 +66,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
         ValueError: an unknown name, or a backend asked for by name that can't run here.
     """
     if backend == "auto":
-        backend = os.environ.get("FASTRANK_BACKEND", "auto")
+        backend = Setting.read()
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "reference":

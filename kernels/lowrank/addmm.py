@@ -4,7 +4,7 @@ Masks are already compacted (op.py). Three classes of operands, by what is right
 
 - wide: x and the branch in fp32 or fp64. Whole vendor products.
 - mixed: 16-bit x, fp32 branch. Products that read x or dY widen it in row blocks, never whole, so
-  S, U and all gradients have fp32 accuracy; products that write y or dX go through `_add_product`.
+  S, U and all gradients have fp32 accuracy; products that write y or dX go through `add_product`.
 - half: bf16 all through (autocast, bf16 adapters, precision="compute") on a CPU with bf16 matrix
   units. Elsewhere those calls are mixed: skinny bf16 products run 3 to 20 times slower than fp32
   ones on CPUs without such units.
@@ -24,10 +24,13 @@ from fastrank.kernels.lowrank.arguments import Aux, Branch
 from fastrank.kernels.lowrank.compaction import scatter, select
 from fastrank.kernels.lowrank.cpu_dropout import Dropout, masked, masked_, mean_factor
 
-# elements of the widest fp32 temporary: 2 MiB, about the L2 cache of one core
-_BLOCK_ELEMENTS = 1 << 19
-# below this many elements of the result one mixed add costs less than splitting its operands
-_SPLIT_ELEMENTS = 1 << 17
+# elements of the widest fp32 temporary: 4 MiB
+_BLOCK_ELEMENTS = 1 << 20
+# a result smaller than this, or than this many times its factors, is widened, added to and rounded:
+# splitting the factors costs more (measured, x86 with AMX)
+_SPLIT_ELEMENTS = 3 << 17
+_SPLIT_RATIO = 4
+_TALL_ELEMENTS = 1 << 18
 
 
 @functools.cache
@@ -114,7 +117,7 @@ def add_(
     else:
         S = _shrink(_widen_small(x, dtype), A)
     T = S if c is None else S * c
-    _add_product(y, _cast(T, dtype), _cast(B, dtype).t(), branch.scale)
+    add_product(y, _cast(T, dtype), _cast(B, dtype).t(), branch.scale)
     return S, keep
 
 
@@ -142,11 +145,11 @@ def _shrink_dropped(x: Tensor, A: Tensor, branch: Branch, aux: Aux) -> tuple[Ten
         S[block, :t] = kept @ A[:t].t()
         if t < A.shape[0]:
             S[block, t:] = x_block.to(A.dtype) @ A[t:].t()
-    S[:, :t].mul_(mean_factor(branch.dropout_p, aux))
+    S[:, :t].mul_(mean_factor(branch.dropout_p, aux.row_ids is not None))
     return S, dropout.keep
 
 
-def _add_product(out: Tensor, P: Tensor, Q: Tensor, alpha: float) -> None:
+def add_product(out: Tensor, P: Tensor, Q: Tensor, alpha: float) -> None:
     """out += alpha P Q in place; P `[M, R]` and Q `[R, W]` of one dtype, out of any.
 
     Into bf16, fp32 factors become three bf16 products in one: each factor is split into a high and
@@ -154,13 +157,25 @@ def _add_product(out: Tensor, P: Tensor, Q: Tensor, alpha: float) -> None:
     """
     if out.dtype == P.dtype:
         out.addmm_(P, Q, alpha=alpha)
-    elif out.numel() > _SPLIT_ELEMENTS and out.dtype == torch.bfloat16 and bf16_units():
+    elif _pays_to_split(out, P, Q):
         out.addmm_(*_split(P, Q), alpha=alpha)
     elif out.numel() <= _BLOCK_ELEMENTS:
-        out.add_(torch.mm(P, Q), alpha=alpha)
+        out.copy_(torch.addmm(out.to(P.dtype), P, Q, alpha=alpha))
     else:
         for block in _row_blocks(*out.shape):
-            out[block].add_(P[block] @ Q, alpha=alpha)
+            rows = out[block]
+            rows.copy_(torch.addmm(rows.to(P.dtype), P[block], Q, alpha=alpha))
+
+
+def _pays_to_split(out: Tensor, P: Tensor, Q: Tensor) -> bool:
+    elements = out.numel()
+    return (
+        elements >= _SPLIT_ELEMENTS
+        and elements >= _SPLIT_RATIO * (P.numel() + Q.numel())
+        and out.dtype is torch.bfloat16
+        and P.dtype is torch.float32
+        and bf16_units()
+    )
 
 
 def _split(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +219,11 @@ def backward(
         need_dA = need_dB = need_de = False
     from_rows = need_de and not (need_dA or need_dB)
     whole = t == A.shape[0]
-    factor = branch.scale if keep is None else branch.scale * mean_factor(branch.dropout_p, aux)
+    factor = (
+        branch.scale
+        if keep is None
+        else branch.scale * mean_factor(branch.dropout_p, aux.row_ids is not None)
+    )
 
     S_trained = S if S is None or whole else S[:, :t]
     need_U = need_dx or need_dA or from_rows
@@ -229,17 +248,29 @@ def backward(
         # c goes with A, where it rounds once for bf16 products, as in PEFT
         Ac = A if c is None else A * c[:, None]
         if keep is None:
-            _add_product(dx, U, _cast(Ac, dtype), branch.scale)
+            add_product(dx, U, _cast(Ac, dtype), branch.scale)
         else:
             _add_dropped(dx, U_trained, _cast(Ac[:t] * factor, dtype), keep)
             if not whole:
-                _add_product(dx, U[:, t:], _cast(Ac[t:], dtype), branch.scale)
+                add_product(dx, U[:, t:], _cast(Ac[t:], dtype), branch.scale)
     return (
         dx,
         scatter(dA, 0, like[0], aux) if needs[1] else None,
         scatter(dB, 1, like[1], aux) if needs[2] else None,
         scatter(de, 0, like[2], aux) if needs[3] else None,
     )
+
+
+def gram_dy(dy: Tensor, S: Tensor, scale: float) -> Tensor:
+    """scale dYᵀ S `[N, R]`, contiguous.
+
+    From a vendor product with a wide result where that pays for the transposed copy: it runs up to
+    three times faster than the tall one.
+    """
+    if dy.numel() <= _TALL_ELEMENTS:
+        return torch.mm(dy.t(), S).mul_(scale)
+    G = torch.empty(dy.shape[1], S.shape[1], dtype=S.dtype)
+    return torch.mul(torch.mm(S.t(), dy).t(), scale, out=G)
 
 
 def _read_dy(

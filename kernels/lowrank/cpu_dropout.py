@@ -14,6 +14,8 @@ from fastrank.kernels.common import dropout_keep
 from fastrank.kernels.lowrank.arguments import Aux
 
 _STEPS = 1 << 15
+# up to here seeding a faster generator costs more than torch's own takes for the draw
+_OWN_GENERATOR = 1 << 17
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,7 +42,7 @@ class Dropout:
             torch.neg(kept.view(torch.int8), out=self.keep)
         else:
             self._words = np.random.SFC64(int(aux.seed) & (2**64 - 1))
-            self._kept = _kept_steps(p)
+            self._p = p
 
     def draw(self, block: slice) -> Tensor:
         """The block's mask, int16 or int8 `[rows, columns]`; blocks are drawn in order, once."""
@@ -48,17 +50,38 @@ class Dropout:
         if self._philox:
             return keep
         elements = keep.numel()
-        words = torch.from_numpy(self._words.random_raw((elements + 3) // 4).view(np.int16))
-        # 15 random bits are below the threshold exactly where the difference is negative
-        lanes = words[:elements].bitwise_right_shift_(1).sub_(self._kept - _STEPS // 2)
-        lanes = lanes.bitwise_right_shift_(15).view(keep.shape)
+        lanes = _lanes(self._words, elements)[:elements]
+        lanes = _kept_lanes(lanes, self._p).view(keep.shape)
         keep.copy_(lanes)
         return lanes
 
 
-def mean_factor(p: float, aux: Aux) -> float:
+def mean_factor(p: float, philox: bool = False) -> float:
     """1 / P(kept), for the probability that was drawn with."""
-    return 1.0 / (1.0 - p) if aux.row_ids is not None else _STEPS / _kept_steps(p)
+    return 1.0 / (1.0 - p) if philox else _STEPS / _kept_steps(p)
+
+
+def draw_bits(p: float, x: Tensor) -> Tensor:
+    """Bits of kept elements, of x's shape and width, by torch's default generator."""
+    elements = x.numel()
+    if elements <= _OWN_GENERATOR:
+        words = torch.empty((elements + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        lanes = words.view(torch.int16)
+    else:
+        lanes = _lanes(np.random.SFC64(torch.randint(2**63 - 1, (1,)).item()), elements)
+    return _kept_lanes(lanes[:elements], p).view(x.shape).to(_BITS[x.itemsize])
+
+
+def _lanes(words: np.random.BitGenerator, elements: int) -> Tensor:
+    """At least so many random int16 lanes."""
+    return torch.from_numpy(words.random_raw((elements + 3) // 4).view(np.int16))
+
+
+def _kept_lanes(lanes: Tensor, p: float) -> Tensor:
+    """-1 where the high 15 bits of a random int16 lane fall below P(kept), else 0; in place."""
+    # the difference of two 15-bit numbers does not overflow, so its sign is the comparison
+    lanes = lanes.bitwise_right_shift_(1).sub_(_kept_steps(p) - _STEPS // 2)
+    return lanes.bitwise_right_shift_(15)
 
 
 def masked(x: Tensor, keep: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fastrank.kernels.common import choose_backend
 from fastrank.kernels.lowrank import plain, reference, registered  # noqa: F401  (registers ops)
 from fastrank.kernels.lowrank.arguments import (
-    PRECISIONS,
     Aux,
     Branch,
     check_base_dtypes,
@@ -73,15 +72,21 @@ def lowrank_linear(
         ValueError, TypeError: arguments that don't fit, with what was wanted.
     """
     if (
-        active is None is trainable
+        not torch.compiler.is_compiling()
+        and active is None is trainable
         and e is None
-        and dropout_p == 0.0
-        and backend == "auto"
         and seed is None is row_ids
-        and precision in PRECISIONS
-        and plain.fits(x, weight, bias, A, B, scale)
+        and backend == "auto"
+        and precision == "peft"
+        and plain.fits(x, weight, bias, A, B, scale, dropout_p)
     ):
-        return plain.linear(x, weight, bias, A, B, scale)
+        try:
+            return plain.linear(x, weight, bias, A, B, scale, dropout_p)
+        except (IndexError, RuntimeError):
+            # arguments that don't go together: say which
+            check_tensors(x, A, B, e, weight=weight, bias=bias)
+            check_base_dtypes(x, weight, bias)
+            raise
     if not plainly_right(x, weight, bias, A, B, e):
         check_tensors(x, A, B, e, weight=weight, bias=bias)
         if weight is None:

@@ -1,11 +1,11 @@
-"""The commonest call on a CPU, in as few steps as it takes: no mask, diagonal, dropout or autocast.
+"""The commonest calls on a CPU in as few steps as they take: no mask, diagonal, seed or autocast.
 
-Same products in the same order as addmm.py, and so the same bits; what is left out is the choosing.
-At 128 rows of 384 columns the general route's Python costs a third of the whole layer.
+The same products as in addmm.py; what is left out is the choosing, and the row blocks, which a call
+of this size would have one of. At 128 rows of 384 columns the general route's Python costs as much
+as the base layer.
 """
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -13,80 +13,133 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-_FLOATS = (torch.float32, torch.float64)
+from fastrank.kernels.common.backend import Setting
+from fastrank.kernels.lowrank.addmm import add_product, gram_dy
+from fastrank.kernels.lowrank.cpu_dropout import draw_bits, mean_factor
+
 _TYPES = (Tensor, torch.nn.Parameter)
+# base dtype -> dtype of the branch
+_WIDE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+# most elements of x and of y where something is cast or dropped whole: 16 MiB in fp32
+_WHOLE = 1 << 22
 
 
 def fits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout_p: float,
 ) -> bool:
-    """Whether `linear` may run: right arguments, one dtype, a frozen base, something to do."""
-    if not (type(x) in _TYPES and type(A) in _TYPES and type(B) in _TYPES and x.is_cpu):
-        return False
-    dtype = x.dtype
-    if not (
-        type(weight) in _TYPES
-        and dtype in _FLOATS
-        and dtype is A.dtype is B.dtype is weight.dtype
+    """Whether `linear` may be tried: a CPU, fp32 or wider adapters, a frozen base, nothing special.
+
+    Shapes and dtypes that don't go together are left to the products to refuse; the caller
+    then runs the checks that explain.
+    """
+    return (
+        type(x) in _TYPES
+        and type(weight) in _TYPES
+        and type(A) in _TYPES
+        and type(B) in _TYPES
+        and x.is_cpu
+        and weight.is_cpu
         and A.is_cpu
         and B.is_cpu
-        and weight.is_cpu
-        and weight.dim() == 2
+        and A.dtype is _WIDE.get(x.dtype)
         and not weight.requires_grad
+        and weight.dim() == 2
+        and (bias is None or _is_frozen(bias, weight))
         and type(scale) is float
-        and math.isfinite(scale)
-    ):
-        return False
-    (N, K), R = weight.shape, A.shape[0] if A.dim() == 2 else 0
-    if not (R and x.dim() and x.shape[-1] == K and A.shape == (R, K) and B.shape == (N, R)):
-        return False
-    if bias is not None and not (
-        type(bias) in _TYPES
-        and bias.dtype is dtype
-        and bias.is_cpu
-        and bias.shape == (N,)
-        and not bias.requires_grad
-    ):
-        return False
-    return (
-        x.numel() > 0
+        and -math.inf < scale < math.inf  # torch.compile may hold it as a symbol
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p < 1.0
+        and ((x.dtype is A.dtype and not dropout_p) or _is_one_block(x, weight))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and _get_current_dispatch_mode() is None
-        and "FASTRANK_BACKEND" not in os.environ
+        and Setting.read() == "auto"
     )
 
 
+def _is_frozen(bias: Tensor, weight: Tensor) -> bool:
+    return bias.is_cpu and not bias.requires_grad and bias.shape == weight.shape[:1]
+
+
+def _is_one_block(x: Tensor, weight: Tensor) -> bool:
+    N, K = weight.shape
+    return x.numel() * max(N, K) <= _WHOLE * K
+
+
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout_p: float,
 ) -> Tensor:
-    """x Wᵀ + bias + scale (x Aᵀ) Bᵀ, `[..., N]`, for arguments that fit."""
+    """x Wᵀ + bias + scale (drop(x) Aᵀ) Bᵀ, `[..., N]`, for arguments that fit.
+
+    Dropout is drawn from torch's own generator.
+    """
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
-        return _Plain.apply(x, weight, bias, A, B, scale)
-    return _forward(x, weight, bias, A, B, scale)[0]
+        return _Plain.apply(x, weight, bias, A, B, scale, dropout_p)
+    return _forward(x, weight, bias, A, B, scale, dropout_p)[0]
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, x as `[M, K]`, S `[M, R]`."""
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = F.linear(flat, weight, bias)
-    S = torch.mm(flat, A.t())
-    y.addmm_(S, B.t(), alpha=scale)
-    if flat is not x:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """y; xh `[M, K]` in the branch's dtype; S `[M, R]`; bits of kept elements; the whole scale."""
+    xh = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = F.linear(xh, weight, bias)
+    keep = None
+    if xh.dtype is not A.dtype:
+        xh = xh.to(A.dtype)
+    if dropout_p:
+        keep = draw_bits(dropout_p, xh)
+        xh = (xh.view(keep.dtype) & keep).view(A.dtype)
+        scale *= mean_factor(dropout_p)
+    S = torch.mm(xh, A.t())
+    if y.dtype is A.dtype:
+        y.addmm_(S, B.t(), alpha=scale)
+    else:
+        add_product(y, S, B.t(), scale)
+    if x.dim() != 2:
         # not view: what a Function returns as a view could not be modified in place
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
-    return y, flat, S
+    return y, xh, S, keep, scale
 
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale):
-        y, flat, S = _forward(x, weight, bias, A, B, scale)
-        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
+    def forward(ctx, x, weight, bias, A, B, scale, dropout_p):
+        y, xh, S, keep, scale = _forward(x, weight, bias, A, B, scale, dropout_p)
+        need_x, _, _, need_A, need_B, _, _ = ctx.needs_input_grad
+        if not need_A:
+            xh = None
+        elif keep is None and xh.dtype is not x.dtype:
+            xh = x.reshape(-1, x.shape[-1])  # shared with others, unlike a wider copy
         ctx.save_for_backward(
-            flat if need_A else None, weight if need_x else None, A, B, S if need_B else None
+            xh,
+            weight if need_x else None,
+            A,
+            B,
+            S if need_B else None,
+            keep if need_x else None,
         )
         ctx.plain = scale, x.shape
         return y
@@ -102,24 +155,33 @@ class _Plain(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, A, B, S = ctx.saved_tensors
+    xh, weight, A, B, S, keep = ctx.saved_tensors
     scale, x_shape = ctx.plain
-    dx = dA = dB = U = None
+    wide = A.dtype
+    dx = dA = dB = None
     if dy.dim() != 2:
         dy = dy.reshape(-1, B.shape[0])
     if 0 in dy.stride():
         dy = dy.contiguous()  # what .sum() sends back; vendor products would copy it each time
-    if weight is not None or x is not None:
-        U = torch.mm(dy, B)
+    dy_wide = dy if dy.dtype is wide else dy.to(wide)
+    if weight is not None or xh is not None:
+        U = torch.mm(dy_wide, B).mul_(scale)
     if weight is not None:
-        dx = torch.mm(dy, weight).addmm_(U, A, alpha=scale)
+        dx = torch.mm(dy, weight)
+        if keep is not None:
+            share = torch.mm(U, A)
+            share.view(keep.dtype).bitwise_and_(keep)
+            dx.add_(share)
+        elif dx.dtype is wide:
+            dx.addmm_(U, A)
+        else:
+            add_product(dx, U, A, 1.0)
         dx = dx if len(x_shape) == 2 else dx.view(x_shape)
-    if x is not None:
-        dA = torch.mm(U.t(), x).mul_(scale)
+    if xh is not None:
+        dA = torch.mm(U.t(), xh if xh.dtype is wide else xh.to(wide))
     if S is not None:
-        dB = torch.empty(B.shape, dtype=B.dtype)
-        torch.mul(torch.mm(S.t(), dy).t(), scale, out=dB)
-    return dx, None, None, dA, dB, None
+        dB = gram_dy(dy_wide, S, scale)
+    return dx, None, None, dA, dB, None, None
 
 
 _backward_once = once_differentiable(_backward)

@@ -7,6 +7,7 @@ import torch
 from lowrank_cases import Case
 
 from fastrank.kernels.common import choose_backend
+from fastrank.kernels.common.backend import Setting
 from fastrank.kernels.lowrank import lowrank_add, lowrank_linear
 
 CASE = Case(M=6, K=5, N=4, R=3)
@@ -100,15 +101,24 @@ def test_inplace_refuses_leaves_and_views():
         lowrank_add(torch.zeros(4, 6).T, x, A, B, inplace=True)
 
 
-def test_backend_variable(monkeypatch):
+@pytest.fixture
+def variable(monkeypatch):
+    def set_to(value: str) -> None:
+        monkeypatch.setenv("FASTRANK_BACKEND", value)
+        monkeypatch.setattr(Setting, "backend", None)
+
+    return set_to
+
+
+def test_backend_variable(variable):
     cpu = torch.device("cpu")
     assert choose_backend("auto", cpu, torch.float32) == "torch"
-    monkeypatch.setenv("FASTRANK_BACKEND", "reference")
+    variable("reference")
     assert choose_backend("auto", cpu, torch.float32) == "reference"
-    monkeypatch.setenv("FASTRANK_BACKEND", "fast")
+    variable("fast")
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         call()
-    monkeypatch.setenv("FASTRANK_BACKEND", "auto")
+    variable("auto")
     cuda = torch.device("cuda")
     assert choose_backend("auto", cuda, torch.bfloat16) == "triton"
     assert choose_backend("auto", cuda, torch.float64) == "reference"
