@@ -166,6 +166,13 @@ _ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
 _T5_SELF = tuple(f"layer.0.SelfAttention.{part}" for part in "qkvo")
 _T5_CROSS = tuple(f"layer.1.EncDecAttention.{part}" for part in "qkvo")
 _T5_WIDE = tuple(f"DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo"))
+# transformers renamed the parts of its ViT
+_VIT = ("vit.layers", ("attention.q_proj", "attention.k_proj", "attention.v_proj",
+        "attention.o_proj", "mlp.fc1", "mlp.fc2"))  # fmt: skip
+if not hasattr(vit().vit, "layers"):
+    _VIT = ("vit.encoder.layer", ("attention.attention.query", "attention.attention.key",
+            "attention.attention.value", "attention.output.dense", "intermediate.dense",
+            "output.dense"))  # fmt: skip
 
 FAMILIES = {
     "bert": Family(
@@ -210,9 +217,8 @@ FAMILIES = {
     "vit": Family(
         vit,
         None,
-        blocks("vit.layers", ("attention.q_proj", "attention.k_proj", "attention.v_proj",
-               "attention.o_proj", "mlp.fc1", "mlp.fc2")),
-        options={"target_modules": r".*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"},
+        blocks(*_VIT),
+        options={"target_modules": rf"{_VIT[0]}\.\d\.({'|'.join(_VIT[1])})"},
     ),
 }  # fmt: skip
 
