@@ -196,6 +196,9 @@ class FusedLayer:
         """The memo of an approved call, or None where it would not be sound."""
         if not getattr(self, "cast_input_dtype_enabled", True):
             return None
+        tensors = tuple(t for t in plan.operands if isinstance(t, Tensor))
+        if any(type(tensor) is not nn.Parameter for tensor in tensors):
+            return None  # lent for one call (torch.func.functional_call): not ours to keep alive
         active = self._active_adapter
         if not isinstance(active, str):
             if len(active) != 1:
@@ -216,7 +219,7 @@ class FusedLayer:
             ),
             parts=(*base.parts, *factors.parts, Part(drops[name], type(drops[name]).forward)),
             dropout=drops[name],
-            tensors=tuple(t for t in plan.operands if isinstance(t, Tensor)),
+            tensors=tensors,
             numbers=factors.numbers,
         )
         return Memo(plan.operands, facts, x.device)

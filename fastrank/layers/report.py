@@ -214,7 +214,7 @@ def _reason(module: nn.Module) -> str | None:
     for stock in classes:
         if isinstance(module, stock):
             return f"{type(module).__name__} is a subclass of {kind(stock)}"
-    return "only linear layers of LoRA and AdaLoRA are fused"
+    return f"{kind(type(module))} has no fused layer"
 
 
 def kind(layer: type) -> str:

@@ -1,7 +1,9 @@
 """FastLoraLinear where it fuses: equal to PEFT in outputs and gradients, copied and compiled."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -63,9 +65,16 @@ def test_dropout_runs_fused_and_only_while_training():
 def test_parameters_swapped_for_one_call_run_fused():
     stock, fast, report = pair()
     doubled = {n: 2 * p.detach() for n, p in layer_of(fast).named_parameters()}
+    fast(rows())
     y = torch.func.functional_call(layer_of(fast), doubled, (rows(),))
     assert torch.allclose(y, torch.func.functional_call(layer_of(stock), doubled, (rows(),)))
-    assert report.fused_calls == 1
+    assert report.fused_calls == 2
+    # what was lent for the call is not kept
+    lent = weakref.ref(next(iter(doubled.values())))
+    del doubled, y
+    gc.collect()
+    assert lent() is None
+    assert torch.allclose(fast(rows()), stock(rows()))
 
 
 @pytest.mark.parametrize("mode", ["autocast", "fp32-adapters", "bf16-adapters", "all-bf16"])

@@ -85,8 +85,8 @@ def test_every_kind_of_adapted_module_is_listed():
     assert torch.allclose(fast(ids), stock(ids), atol=1e-6)
     found = {row.name.rsplit(".", 1)[1]: (row.layer, row.reason) for row in report.rows()}
     assert found == {
-        "embed": ("lora.Embedding", "only linear layers of LoRA and AdaLoRA are fused"),
-        "conv": ("lora.Conv1d", "only linear layers of LoRA and AdaLoRA are fused"),
+        "embed": ("lora.Embedding", "lora.Embedding has no fused layer"),
+        "conv": ("lora.Conv1d", "lora.Conv1d has no fused layer"),
         "fc": ("lora.Linear", None),
     }
     # nothing but delegated modules is reported, not refused
