@@ -22,7 +22,9 @@ import triton.language as tl
 from fastrank.kernels.common.jit import keep_tile, rank_masks, row_ids_tile, tile_dot
 
 
-@triton.jit(do_not_specialize=["M", "R", "trained", "chunk_tiles", "threshold", "id_rows"])
+@triton.jit(
+    do_not_specialize=["M", "R", "trained", "chunk_tiles", "threshold", "id_rows", "projections"]
+)
 def lowrank_shrink_kernel(
     x_ptr,
     q_ptr,
@@ -31,6 +33,8 @@ def lowrank_shrink_kernel(
     trainable_ptr,
     seed_ptr,
     row_ids_ptr,
+    starts_ptr,
+    counts_ptr,
     M,
     W,
     R,
@@ -42,20 +46,41 @@ def lowrank_shrink_kernel(
     chunk_tiles,
     threshold,
     id_rows,
+    projections,
     inv_keep,
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SHARED: tl.constexpr,
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """part[split] (M, R) = drop(x) (M, W) qᵀ over one chunk of columns."""
-    i_m = tl.program_id(0).to(tl.int64)
+    """part[split] (M, R) = drop(x) (M, W) qᵀ over one chunk of columns.
+
+    SHARED: for several projections of one x, whose ranks lie behind each other in q and the masks,
+    from starts[i] on; R is their sum, counts[i] how many are trained, part[split] one (M, R_i)
+    after another.
+    """
+    i_0 = tl.program_id(0)
     i_r = tl.program_id(1)
     i_s = tl.program_id(2).to(tl.int64)
+    ranks, before = R, 0  # of all projections together, and before this one
+    if SHARED:
+        # projections of a tile of x are neighbours, so that all but the first find it in L2
+        i_p, i_0 = i_0 % projections, i_0 // projections
+        before = tl.load(starts_ptr + i_p).to(tl.int64)
+        R = (tl.load(starts_ptr + i_p + 1) - before).to(tl.int32)
+        trained = tl.load(counts_ptr + i_p)
+        if MASKED:
+            active_ptr += before
+            trainable_ptr += before
+        if DROPOUT:
+            seed_ptr += i_p
+        q_ptr += before * stride_qr
+    i_m = i_0.to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     on, is_trained = rank_masks(active_ptr, trainable_ptr, o_r, R, trained, MASKED)
@@ -68,7 +93,7 @@ def lowrank_shrink_kernel(
         acc_frozen = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     start = i_s * chunk_tiles * BLOCK_W
     tiles = chunk_tiles
-    if MASKED:  # a tile of ranks that are all off is zeros, and reads nothing
+    if MASKED or SHARED:  # a tile of ranks that are all off is zeros, and reads nothing
         tiles = tl.where(tl.max(on.to(tl.int32), axis=0) > 0, chunk_tiles, 0)
     for i_w in range(0, tiles):
         column = start + i_w * BLOCK_W
@@ -95,7 +120,7 @@ def lowrank_shrink_kernel(
         acc = acc * inv_keep
         if MASKED:
             acc = tl.where(is_trained[None, :], acc, acc_frozen)
-    p_part = part_ptr + (i_s * M + o_m[:, None]) * R + o_r[None, :]
+    p_part = part_ptr + (i_s * ranks + before) * M + o_m[:, None] * R + o_r[None, :]
     tl.store(p_part, acc, mask=m_m[:, None] & (o_r < R)[None, :])
 
 
@@ -172,7 +197,9 @@ def lowrank_expand_kernel(
     tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["M", "R", "trained", "chunk_tiles", "threshold", "id_rows"])
+@triton.jit(
+    do_not_specialize=["M", "R", "trained", "chunk_tiles", "threshold", "id_rows", "projections"]
+)
 def lowrank_gram_kernel(
     x_ptr,
     p_ptr,
@@ -181,6 +208,8 @@ def lowrank_gram_kernel(
     trainable_ptr,
     seed_ptr,
     row_ids_ptr,
+    starts_ptr,
+    counts_ptr,
     M,
     W,
     R,
@@ -190,20 +219,39 @@ def lowrank_gram_kernel(
     chunk_tiles,
     threshold,
     id_rows,
+    projections,
     inv_keep,
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SHARED: tl.constexpr,
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """part[split] (W, R) = drop(x)ᵀ (W, M) p (M, R) over one chunk of rows; untrained ranks: 0."""
-    i_w = tl.program_id(0).to(tl.int64)
+    """part[split] (W, R) = drop(x)ᵀ (W, M) p (M, R) over one chunk of rows; untrained ranks: 0.
+
+    SHARED: as in shrink, p and part being one (M, R_i) and (W, R_i) after another.
+    """
+    i_0 = tl.program_id(0)
     i_r = tl.program_id(1)
     i_s = tl.program_id(2).to(tl.int64)
+    ranks, before = R, 0  # of all projections together, and before this one
+    if SHARED:
+        # projections of a tile of x are neighbours, so that all but the first find it in L2
+        i_p, i_0 = i_0 % projections, i_0 // projections
+        before = tl.load(starts_ptr + i_p).to(tl.int64)
+        R = (tl.load(starts_ptr + i_p + 1) - before).to(tl.int32)
+        trained = tl.load(counts_ptr + i_p)
+        if MASKED:
+            active_ptr += before
+            trainable_ptr += before
+        if DROPOUT:
+            seed_ptr += i_p
+        p_ptr += before * M
+    i_w = i_0.to(tl.int64)
     o_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_w = o_w < W
@@ -212,7 +260,7 @@ def lowrank_gram_kernel(
     acc = tl.zeros((BLOCK_W, BLOCK_R), dtype=tl.float32)
     start = i_s * chunk_tiles * BLOCK_M
     tiles = chunk_tiles
-    if MASKED:  # only trained ranks have gradients
+    if MASKED or SHARED:  # only trained ranks have gradients
         tiles = tl.where(tl.max(is_trained.to(tl.int32), axis=0) > 0, chunk_tiles, 0)
     for i_m in range(0, tiles):
         o_m = start + i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -229,7 +277,7 @@ def lowrank_gram_kernel(
 
     if DROPOUT:
         acc = acc * inv_keep
-    p_part = part_ptr + (i_s * W + o_w[:, None]) * R + o_r[None, :]
+    p_part = part_ptr + (i_s * ranks + before) * W + o_w[:, None] * R + o_r[None, :]
     tl.store(p_part, acc, mask=m_w[:, None] & (o_r < R)[None, :])
 
 

@@ -4,6 +4,8 @@ x is the wide matrix that a kernel reads, q a factor in either orientation with 
 (ranks, wide columns), p a narrow fp32 matrix (M, R). Operands are checked and compacted already.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -56,16 +58,52 @@ def _sum_parts(parts: Tensor) -> Tensor:
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
-def shrink(call: Call, x: Tensor, q: Tensor, q_strides: tuple[int, int], dropout: bool) -> Tensor:
-    """drop(x) qᵀ: fp32 (M, R). q_strides: q's strides over (ranks, columns of x)."""
+class Shared(NamedTuple):
+    """Several projections of one x, as a launch for all of them needs it."""
+
+    ranks: tuple[int, ...]
+    starts: Tensor  # int32 [P + 1]: where each one's ranks begin among all
+    counts: Tensor  # int32 [P]: trained ranks
+
+    def parts(self, flat: Tensor, rows: int) -> list[Tensor]:
+        """Views (..., rows, R_i) of what a kernel wrote behind each other, (..., rows ΣR)."""
+        sizes = [rows * r for r in self.ranks]
+        split = flat.split(sizes, dim=-1)
+        return [t.unflatten(-1, (rows, r)) for t, r in zip(split, self.ranks, strict=True)]
+
+
+def _shared_arguments(shared: Shared | None) -> dict:
+    return {
+        "starts_ptr": None if shared is None else shared.starts,
+        "counts_ptr": None if shared is None else shared.counts,
+        "projections": 1 if shared is None else len(shared.ranks),
+        "SHARED": shared is not None,
+    }
+
+
+def shrink(
+    call: Call,
+    x: Tensor,
+    q: Tensor,
+    q_strides: tuple[int, int],
+    dropout: bool,
+    shared: Shared | None = None,
+) -> Tensor:
+    """drop(x) qᵀ: fp32 (M, R). q_strides: q's strides over (ranks, columns of x).
+
+    With `shared`, q and the masks and seeds of the call hold all projections; the result is flat.
+    """
     (M, W), R = x.shape, call.branch.kept
+    most, ranks = (R, R) if shared is None else (max(shared.ranks), sum(shared.ranks))
     block_r, tile = call.tile("shrink", M, W)
-    programs_m, programs_r = cdiv(M, tile.block_m), cdiv(R, block_r)
+    arguments = _shared_arguments(shared)
+    programs_m, programs_r = cdiv(M, tile.block_m) * arguments["projections"], cdiv(most, block_r)
     tiles = cdiv(W, tile.block_w)
     splits = split_count(programs_m * programs_r, tiles, _MOST_SHRINK_SPLITS, call.gpu.units)
     chunk = cdiv(tiles, splits)
     splits = cdiv(tiles, chunk)
-    parts = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
+    shape = (splits, M, R) if shared is None else (splits, M * ranks)
+    parts = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(
         lowrank_shrink_kernel,
         (programs_m, programs_r, splits),
@@ -76,7 +114,7 @@ def shrink(call: Call, x: Tensor, q: Tensor, q_strides: tuple[int, int], dropout
         trainable_ptr=call.masks[1],
         M=M,
         W=W,
-        R=R,
+        R=ranks,
         trained=call.branch.trained,
         stride_xm=x.stride(0),
         stride_xw=x.stride(1),
@@ -88,6 +126,7 @@ def shrink(call: Call, x: Tensor, q: Tensor, q_strides: tuple[int, int], dropout
         BLOCK_R=block_r,
         MASKED=call.masked,
         DROPOUT=dropout,
+        **arguments,
         **_dropout_arguments(call, dropout),
         **_dot_options(call),
         **tile.options(call.gpu.hip),
@@ -139,16 +178,22 @@ def expand_(
     )
 
 
-def gram(call: Call, x: Tensor, p: Tensor, dropout: bool) -> Tensor:
-    """Parts of drop(x)ᵀ p: fp32 (splits, W, R), to be added up."""
+def gram(call: Call, x: Tensor, p: Tensor, dropout: bool, shared: Shared | None = None) -> Tensor:
+    """Parts of drop(x)ᵀ p: fp32 (splits, W, R), to be added up.
+
+    With `shared`, p is flat, one (M, R_i) after another, and so are the parts, (splits, W ΣR).
+    """
     (M, W), R = x.shape, call.branch.kept
+    most, ranks = (R, R) if shared is None else (max(shared.ranks), sum(shared.ranks))
     block_r, tile = call.tile("gram", M, W)
-    programs_w, programs_r = cdiv(W, tile.block_w), cdiv(R, block_r)
+    arguments = _shared_arguments(shared)
+    programs_w, programs_r = cdiv(W, tile.block_w) * arguments["projections"], cdiv(most, block_r)
     tiles = cdiv(M, tile.block_m)
     splits = split_count(programs_w * programs_r, tiles, _MOST_GRAM_SPLITS, call.gpu.units)
     chunk = cdiv(tiles, splits)
     splits = cdiv(tiles, chunk)
-    parts = torch.empty(splits, W, R, dtype=torch.float32, device=x.device)
+    shape = (splits, W, R) if shared is None else (splits, W * ranks)
+    parts = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(
         lowrank_gram_kernel,
         (programs_w, programs_r, splits),
@@ -159,7 +204,7 @@ def gram(call: Call, x: Tensor, p: Tensor, dropout: bool) -> Tensor:
         trainable_ptr=call.masks[1],
         M=M,
         W=W,
-        R=R,
+        R=ranks,
         trained=call.branch.trained,
         stride_xm=x.stride(0),
         stride_xw=x.stride(1),
@@ -169,6 +214,7 @@ def gram(call: Call, x: Tensor, p: Tensor, dropout: bool) -> Tensor:
         BLOCK_R=block_r,
         MASKED=call.masked,
         DROPOUT=dropout,
+        **arguments,
         **_dropout_arguments(call, dropout),
         **_dot_options(call),
         **tile.options(call.gpu.hip),
@@ -259,7 +305,7 @@ def finish(
         R=R,
         trained=call.branch.trained,
         parts=splits,
-        stride_part=W * R,
+        stride_part=parts.stride(0),
         stride_or=out_strides[0],
         stride_ow=out_strides[1],
         stride_qr=q_strides[0],

@@ -65,11 +65,13 @@ _TYPES = {
     "trainable_ptr": "*u8",
     "seed_ptr": "*i64",
     "row_ids_ptr": "*i64",
+    "starts_ptr": "*i32",
+    "counts_ptr": "*i32",
     "inv_keep": "fp32",
     "alpha": "fp32",
     # not specialised: see do_not_specialize in fused.py
     **dict.fromkeys(("M", "R", "trained", "chunk_tiles", "threshold"), "i32"),
-    **dict.fromkeys(("id_rows", "e_ranks", "parts"), "i32"),
+    **dict.fromkeys(("id_rows", "e_ranks", "parts", "projections"), "i32"),
     **dict.fromkeys(("W", "C", "stride_part", "stride_xm", "stride_om"), "i32:16"),
     **dict.fromkeys(("stride_xc", "stride_wc", "stride_ww"), "i32:16"),
     **dict.fromkeys(("stride_qr", "stride_qw", "stride_or", "stride_ow"), "i32:16"),
@@ -98,6 +100,7 @@ def _variant(
         "BLOCK_W": tile.block_w,
         "BLOCK_R": block_r,
         "INTERPRET": False,
+        "SHARED": False,
         "stride_xw": 1,
         "stride_xc": 1,
         "stride_wc" if w_by_column else "stride_ww": 1,
@@ -111,6 +114,7 @@ def _variant(
         fixed |= {"DOT": DTYPES[dot[0]], "PRECISION": dot[1]}
     absent = {"MASKED": ("active_ptr", "trainable_ptr"), "DROPOUT": ("seed_ptr", "row_ids_ptr")}
     absent |= {"WANT_DE": ("de_ptr",), "BIAS": ("bias_ptr",)}
+    absent["SHARED"] = ("starts_ptr", "counts_ptr")
     for flag, pointers in absent.items():
         if not flags.get(flag, False):
             fixed |= dict.fromkeys(pointers)
@@ -176,6 +180,9 @@ def _of_kernel(kernel: str, common: dict, adapters: str, dtype: str) -> Iterator
         if kernel == "shrink":
             for dropout, by_column in ((False, False), (True, False), (False, True)):
                 flags = {"MASKED": masked, "DROPOUT": dropout, "by_column": by_column}
+                if not by_column:
+                    shared = flags | {"SHARED": True}
+                    yield _variant(lowrank_shrink_kernel, x=dtype, q=adapters, **common, **shared)
                 yield _variant(lowrank_shrink_kernel, x=dtype, q=adapters, **common, **flags)
         elif kernel == "expand":
             for dropout, add in itertools.product(BOTH, BOTH):
@@ -184,8 +191,8 @@ def _of_kernel(kernel: str, common: dict, adapters: str, dtype: str) -> Iterator
             flags = {"MASKED": masked, "DROPOUT": False, "ADD": True, "by_column": True}
             yield _variant(lowrank_expand_kernel, q=adapters, out=dtype, **common, **flags)
         elif kernel == "gram":
-            for dropout in BOTH:
-                flags = {"MASKED": masked, "DROPOUT": dropout}
+            for dropout, shared in itertools.product(BOTH, BOTH):
+                flags = {"MASKED": masked, "DROPOUT": dropout, "SHARED": shared}
                 yield _variant(lowrank_gram_kernel, x=dtype, **common, **flags)
         else:
             flags = {"MASKED": masked, "by_column": True}

@@ -21,7 +21,7 @@ def test_the_shipped_route_is_vendor_products_and_adds():
     plan = step_plan(M, K, N, R, SM_90)
     assert names(plan, "forward") == ["shrink", "sum", "product", "expand"]
     assert names(plan, "backward") == [
-        "product", "dual", "sum", "finish", "gram", "finish", "expand",
+        "dual", "sum", "finish", "gram", "finish", "product", "expand",
     ]  # fmt: skip
     expand = plan[3]
     assert expand.read == PASS + 4 * M * R + 4 * N * R  # y, S and B in fp32
