@@ -1,5 +1,7 @@
 """Launch plans, their bytes and the roofline, against figures made by hand."""
 
+import json
+
 import pytest
 
 from fastrank.bench import static
@@ -57,7 +59,7 @@ def test_predicted_overheads_are_near_the_guides():
     a little more, as S, its parts and dA's parts are counted.
     """
     rows = [r for r in shape_rows((M,), ((K, N),), (R,)) if r["machine"] == "H200"]
-    found = {r["route"]: r["overhead"] for r in rows if r["dropout"] == 0.0}
+    found = {r["route"]: r["overhead"] for r in rows}
     assert 0.15 < found["shipped"] < 0.17
     assert 0.17 < found["two-reads"] < 0.19
     assert 0.06 < found["gemm"] < 0.085
@@ -81,7 +83,7 @@ def test_kernels_are_compiled_as_they_are_launched():
     assert all(row["instructions"]["HMMA"] > 0 for row in gemm)
     text = page(rows, list(shape_rows((M,), ((K, N),), (R,))))
     assert text.count("| sm_80 | gemm ") == len(gemm)
-    assert f"| {M} | {K} | {N} | {R} | 0.0 | gemm | 9 | 238.0 | +7.9%" in text
+    assert f"| {M} | {K} | {N} | {R} | gemm | 9 | 238.0 | +7.9%" in text
 
 
 def test_a_report_is_written(tmp_path, monkeypatch):
@@ -90,5 +92,8 @@ def test_a_report_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(static, "kernel_rows", lambda: [row | {"spills": 0}])
     assert static.main(["--out", str(tmp_path / "new")]) == 0
     assert {p.name for p in (tmp_path / "new").iterdir()} == {"static.json", "README.md"}
+    found = json.loads((tmp_path / "new" / "static.json").read_text())
+    assert len(found["shapes"]) == 9
+    assert found["kernels"][0]["registers"] == 40
     monkeypatch.setattr(static, "kernel_rows", lambda: [row | {"spills": 8}])
     assert static.main(["--out", str(tmp_path / "new")]) == 1
