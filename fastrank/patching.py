@@ -22,21 +22,24 @@ _PRECISIONS = ("peft", "compute")
 
 
 def patch(model: nn.Module, *, backend: str = "auto", precision: str = "peft") -> "PatchReport":
-    """Run the LoRA linear layers of `model` fused, in place and reversibly.
+    """Run the LoRA and AdaLoRA linear layers of `model` fused, in place and reversibly.
 
         model = peft.get_peft_model(base, LoraConfig(...))
         report = fastrank.patch(model)
         ...                                  # train, evaluate, save, merge as before
         report.print()                       # every adapted module: fused, or why not
 
-    Outputs, gradients, `state_dict`, merging and saving stay PEFT's. What a layer can't fuse is
-    decided at each call and goes through PEFT's own forward: disabled or merged adapters, several
-    active adapters, DoRA and other variants, `lora_bias`, extra arguments such as `adapter_names`,
-    hooks on what lies inside the layer, quantised or sharded weights. Patching a patched model
-    keeps its counters, takes up layers added since, and sets the options given.
+    Outputs, gradients, `state_dict`, merging, saving and AdaLoRA's allocation of ranks stay PEFT's.
+    Over bitsandbytes' 4-bit and 8-bit bases the base runs its own forward and the branch is fused.
+    What a layer can't fuse is decided at each call and goes through PEFT's own forward: disabled or
+    merged adapters, several active adapters, DoRA and other variants, `lora_bias`, extra arguments
+    such as `adapter_names`, hooks on what lies inside the layer, other quantised weights, weights
+    that are sharded inside the call. AdaLoRA's `ranknum`, which PEFT leaves trainable unless the
+    base is float32, is frozen until `unpatch`; the report notes it. Patching a patched model keeps
+    its counters, takes up layers added since, and sets the options given.
 
     Args:
-        model: a `PeftModel`, or any module with PEFT's LoRA layers in it.
+        model: a `PeftModel`, or any module with PEFT's LoRA or AdaLoRA layers in it.
         backend: "auto" (Triton on CUDA and ROCm devices, plain torch elsewhere), "triton" or
             "reference".
         precision: "peft" computes the branch in the adapters' dtype as PEFT does; "compute" in the

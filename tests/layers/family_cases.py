@@ -270,9 +270,10 @@ def batch(family, seed=0):
 def step(model, family, seed=0):
     """Loss, logits and every gradient by name of one training step without the update."""
     model.zero_grad()
-    inputs = batch(family, seed)
+    like = next(model.parameters())
+    inputs = {name: tensor.to(like.device) for name, tensor in batch(family, seed).items()}
     if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+        inputs["pixel_values"] = inputs["pixel_values"].to(like.dtype)
     out = model(**inputs)
     out.loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

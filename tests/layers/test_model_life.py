@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import statistics
 
 import pytest
 import torch
@@ -60,17 +61,18 @@ def test_gradient_checkpointing_replays_the_same_step(use_reentrant, dropout):
 
 
 def test_fp32_adapters_over_a_16_bit_model_run_fused():
-    stock, fast, report = pair("llama", dtype=torch.bfloat16)
-    assert (
-        fast.get_parameter(fused_names("llama")[0] + ".lora_A.default.weight").dtype
-        == torch.float32
-    )
-    exact = logits(copy.deepcopy(stock).double(), "llama")
-    ours, theirs = logits(fast, "llama"), logits(stock, "llama")
-    assert ours.dtype == theirs.dtype == torch.bfloat16
-    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
-    assert report.fused_calls == len(fused_names("llama"))
-    assert report.delegated_calls == {}
+    ratios = []
+    for seed in range(6):
+        stock, fast, report = pair("llama", seed, torch.bfloat16)
+        adapter = fused_names("llama")[0] + ".lora_A.default.weight"
+        assert fast.get_parameter(adapter).dtype == torch.float32
+        exact = logits(copy.deepcopy(stock).double(), "llama")
+        ours, theirs = logits(fast, "llama"), logits(stock, "llama")
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        ratios.append(float((ours - exact).norm() / (theirs - exact).norm()))
+        assert report.fused_calls == len(fused_names("llama"))
+        assert report.delegated_calls == {}
+    assert statistics.median(ratios) <= 1.2
 
 
 def test_checkpoints_load_both_ways(tmp_path):
