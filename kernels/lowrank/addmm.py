@@ -14,7 +14,6 @@ Masks are already compacted (op.py). Three classes of operands, by what is right
 """
 
 import functools
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,8 @@ from torch import Tensor
 from fastrank.kernels.lowrank.arguments import Aux, Branch
 from fastrank.kernels.lowrank.compaction import scatter, select
 from fastrank.kernels.lowrank.cpu_dropout import Dropout, masked, masked_, mean_factor
+from fastrank.kernels.lowrank.scratch import BLOCK, row_blocks, scratch, widened
 
-# elements of the widest fp32 temporary: 4 MiB
-_BLOCK_ELEMENTS = 1 << 20
 # a result smaller than this, or than this many times its factors, is widened, added to and rounded:
 # splitting the factors costs more (measured, x86 with AMX)
 _SPLIT_ELEMENTS = 3 << 17
@@ -63,18 +61,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(32, _BLOCK_ELEMENTS // max(columns, 1))
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
-
-
-def _widen_small(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast to the products' dtype whole where that is one block anyway."""
-    small = tensor.dtype != dtype and tensor.numel() <= _BLOCK_ELEMENTS
-    return tensor.to(dtype) if small else tensor
 
 
 def linear(
@@ -115,7 +101,7 @@ def add_(
     if branch.dropout_p > 0.0 and branch.trained > 0:
         S, keep = _shrink_dropped(x, A, branch, aux)
     else:
-        S = _shrink(_widen_small(x, dtype), A)
+        S = _shrink(x, A)
     T = S if c is None else S * c
     add_product(y, _cast(T, dtype), _cast(B, dtype).t(), branch.scale)
     return S, keep
@@ -126,8 +112,8 @@ def _shrink(x: Tensor, A: Tensor) -> Tensor:
     if x.dtype == A.dtype:
         return _cast(torch.mm(x, A.t()), _wide(A.dtype))
     S = torch.empty(x.shape[0], A.shape[0], dtype=A.dtype)
-    for block in _row_blocks(*x.shape):
-        torch.mm(x[block].to(A.dtype), A.t(), out=S[block])
+    for block in row_blocks(*x.shape):
+        torch.mm(widened(x[block], A.dtype), A.t(), out=S[block])
     return S
 
 
@@ -136,15 +122,14 @@ def _shrink_dropped(x: Tensor, A: Tensor, branch: Branch, aux: Aux) -> tuple[Ten
     (rows, columns), t = x.shape, branch.trained
     dropout = Dropout(branch.dropout_p, rows, columns, aux)
     S = torch.empty(rows, A.shape[0], dtype=_wide(A.dtype))
-    for block in _row_blocks(rows, columns):
-        x_block = x[block]
-        kept = masked(x_block, dropout.draw(block)).to(A.dtype)
+    for block in row_blocks(rows, columns):
+        kept = widened(masked(x[block], dropout.draw(block), slot=1), A.dtype)
         if t == A.shape[0] and S.dtype == A.dtype:
             torch.mm(kept, A.t(), out=S[block])
             continue
         S[block, :t] = kept @ A[:t].t()
         if t < A.shape[0]:
-            S[block, t:] = x_block.to(A.dtype) @ A[t:].t()
+            S[block, t:] = widened(x[block], A.dtype) @ A[t:].t()
     S[:, :t].mul_(mean_factor(branch.dropout_p, aux.row_ids is not None))
     return S, dropout.keep
 
@@ -159,12 +144,12 @@ def add_product(out: Tensor, P: Tensor, Q: Tensor, alpha: float) -> None:
         out.addmm_(P, Q, alpha=alpha)
     elif _pays_to_split(out, P, Q):
         out.addmm_(*_split(P, Q), alpha=alpha)
-    elif out.numel() <= _BLOCK_ELEMENTS:
+    elif out.numel() <= BLOCK:
         out.copy_(torch.addmm(out.to(P.dtype), P, Q, alpha=alpha))
     else:
-        for block in _row_blocks(*out.shape):
+        for block in row_blocks(*out.shape):
             rows = out[block]
-            rows.copy_(torch.addmm(rows.to(P.dtype), P[block], Q, alpha=alpha))
+            rows.copy_(widened(rows, P.dtype).addmm_(P[block], Q, alpha=alpha))
 
 
 def _pays_to_split(out: Tensor, P: Tensor, Q: Tensor) -> bool:
@@ -282,15 +267,16 @@ def _read_dy(
     """
     B = None if B is None else _cast(B, dtype)
     S = None if S is None else _cast(S, dtype)
-    dy = _cast(dy, dtype) if dtype == torch.bfloat16 else _widen_small(dy, dtype)
+    if dtype == torch.bfloat16:
+        dy = _cast(dy, dtype)
     if dy.dtype == dtype:
         U = None if B is None else torch.mm(dy, B)
         return U, None if S is None else _cast(torch.mm(S.t(), dy), _wide(dtype))
     rows, columns = dy.shape
     U = None if B is None else torch.empty(rows, B.shape[1], dtype=dtype)
     G = None if S is None else torch.zeros(S.shape[1], columns, dtype=dtype)
-    for block in _row_blocks(rows, columns):
-        dy_block = dy[block].to(dtype)
+    for block in row_blocks(rows, columns):
+        dy_block = widened(dy[block], dtype)
         if U is not None:
             torch.mm(dy_block, B, out=U[block])
         if G is not None:
@@ -300,14 +286,13 @@ def _read_dy(
 
 def _gram_x(U: Tensor, x: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
     """H = Uᵀ xh `[R, K]`, without the scale and dropout's factor."""
-    x = x if keep is not None else _widen_small(x, dtype)
     if x.dtype == dtype and keep is None:
         return _cast(torch.mm(U.t(), x), _wide(dtype))
     H = torch.zeros(U.shape[1], x.shape[1], dtype=_wide(dtype))
-    for block in _row_blocks(*x.shape):
-        x_block = x[block] if keep is None else masked(x[block], keep[block])
+    for block in row_blocks(*x.shape):
+        x_block = x[block] if keep is None else masked(x[block], keep[block], slot=1)
         if dtype == H.dtype:
-            H.addmm_(U[block].t(), _cast(x_block, dtype))
+            H.addmm_(U[block].t(), widened(x_block, dtype))
         else:
             H.add_(torch.mm(U[block].t(), x_block))
     return H
@@ -318,5 +303,7 @@ def _add_dropped(dx: Tensor, V: Tensor, A: Tensor, keep: Tensor) -> None:
     times the other operand."""
     if dx.dtype == torch.bfloat16 and V.dtype == torch.float32 and bf16_units():
         V, A = _split(V, A)
-    for block in _row_blocks(*dx.shape):
-        dx[block].add_(masked_(torch.mm(V[block], A), keep[block]))
+    for block in row_blocks(*dx.shape):
+        rows = dx[block]
+        share = torch.mm(V[block], A, out=scratch(rows, V.dtype, slot=0))
+        rows.add_(masked_(share, keep[block], slot=1))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastrank.kernels.common import dropout_keep
 from fastrank.kernels.lowrank.arguments import Aux
+from fastrank.kernels.lowrank.scratch import scratch, widened
 
 _STEPS = 1 << 15
 # up to here seeding a faster generator costs more than torch's own takes for the draw
@@ -84,14 +85,16 @@ def _kept_lanes(lanes: Tensor, p: float) -> Tensor:
     return lanes.bitwise_right_shift_(15)
 
 
-def masked(x: Tensor, keep: Tensor) -> Tensor:
-    """x where keep is -1, zeros where it is 0: any float dtype, any strides."""
-    bits = _BITS[x.element_size()]
-    return (x.view(bits) & keep.to(bits)).view(x.dtype)
+def masked(x: Tensor, keep: Tensor, slot: int) -> Tensor:
+    """x where keep is -1, zeros where it is 0, in scratch memory: any float dtype, any strides."""
+    bits = _BITS[x.itemsize]
+    out = scratch(x, bits, slot)
+    keep = keep if keep.dtype == bits else out.copy_(keep)
+    return torch.bitwise_and(x.view(bits), keep, out=out).view(x.dtype)
 
 
-def masked_(x: Tensor, keep: Tensor) -> Tensor:
-    """masked, in place."""
-    bits = _BITS[x.element_size()]
-    x.view(bits).bitwise_and_(keep.to(bits))
+def masked_(x: Tensor, keep: Tensor, slot: int) -> Tensor:
+    """masked in place; the slot is for the mask."""
+    bits = _BITS[x.itemsize]
+    x.view(bits).bitwise_and_(widened(keep, bits, slot))
     return x

@@ -25,8 +25,9 @@ _WIDE = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-# most elements of x and of y where something is cast or dropped whole: 16 MiB in fp32
-_WHOLE = 1 << 22
+# most elements of x and of y where something is cast, or drawn and cast, whole
+_WHOLE = 1 << 20
+_WHOLE_DRAW = 1 << 18
 
 
 def fits(
@@ -60,7 +61,7 @@ def fits(
         and -math.inf < scale < math.inf  # torch.compile may hold it as a symbol
         and type(dropout_p) is float
         and 0.0 <= dropout_p < 1.0
-        and ((x.dtype is A.dtype and not dropout_p) or _is_one_block(x, weight))
+        and ((x.dtype is A.dtype and not dropout_p) or _is_small(x, weight, dropout_p))
         and not torch.is_autocast_enabled("cpu")
         and _get_current_dispatch_mode() is None
         and Setting.read() == "auto"
@@ -71,9 +72,9 @@ def _is_frozen(bias: Tensor, weight: Tensor) -> bool:
     return bias.is_cpu and not bias.requires_grad and bias.shape == weight.shape[:1]
 
 
-def _is_one_block(x: Tensor, weight: Tensor) -> bool:
+def _is_small(x: Tensor, weight: Tensor, dropout_p: float) -> bool:
     N, K = weight.shape
-    return x.numel() * max(N, K) <= _WHOLE * K
+    return x.numel() * max(N, K) <= (_WHOLE_DRAW if dropout_p else _WHOLE) * K
 
 
 def linear(
