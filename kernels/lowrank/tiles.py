@@ -77,5 +77,5 @@ def shared_bytes(
     if kernel == "dual":  # q (R, W) stays for the whole loop
         return stages * (wide * m * w + 4 * m * r) + branch * r * (m + w)
     narrow = r * (w if kernel == "shrink" else m)
-    # x goes through registers and back where it is dropped
-    return stages * (wide * m * w + 4 * narrow) + wide * m * w + branch * narrow
+    # x goes through registers and back where it is dropped, and so do the ids of its rows
+    return stages * (wide * m * w + 4 * narrow) + wide * m * w + branch * narrow + 8 * m
