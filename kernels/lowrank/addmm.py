@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastrank.kernels.lowrank.arguments import Aux, Branch
 from fastrank.kernels.lowrank.compaction import scatter, select
-from fastrank.kernels.lowrank.cpu_dropout import Dropout, masked, masked_, mean_factor
+from fastrank.kernels.lowrank.cpu_dropout import Dropout, Mask, mean_factor
 from fastrank.kernels.lowrank.scratch import BLOCK, row_blocks, scratch, widened
 
 # a result smaller than this, or than this many times its factors, is widened, added to and rounded:
@@ -29,6 +29,8 @@ from fastrank.kernels.lowrank.scratch import BLOCK, row_blocks, scratch, widened
 _SPLIT_ELEMENTS = 3 << 17
 _SPLIT_RATIO = 4
 _TALL_ELEMENTS = 1 << 18
+# what addmm adds nothing of
+_NOTHING = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
 
 @functools.cache
@@ -123,7 +125,7 @@ def _shrink_dropped(x: Tensor, A: Tensor, branch: Branch, aux: Aux) -> tuple[Ten
     dropout = Dropout(branch.dropout_p, rows, columns, aux)
     S = torch.empty(rows, A.shape[0], dtype=_wide(A.dtype))
     for block in row_blocks(rows, columns):
-        kept = widened(masked(x[block], dropout.draw(block), slot=1), A.dtype)
+        kept = widened(dropout.draw(block).of(x[block]), A.dtype)
         if t == A.shape[0] and S.dtype == A.dtype:
             torch.mm(kept, A.t(), out=S[block])
             continue
@@ -142,6 +144,10 @@ def add_product(out: Tensor, P: Tensor, Q: Tensor, alpha: float) -> None:
     """
     if out.dtype == P.dtype:
         out.addmm_(P, Q, alpha=alpha)
+    elif out.dtype.itemsize > P.dtype.itemsize:
+        # a wider base keeps its digits: the product is rounded, not the sum
+        for block in row_blocks(*out.shape):
+            out[block].add_(torch.mm(P[block], Q), alpha=alpha)
     elif _pays_to_split(out, P, Q):
         out.addmm_(*_split(P, Q), alpha=alpha)
     elif out.numel() <= BLOCK:
@@ -214,36 +220,42 @@ def backward(
     need_U = need_dx or need_dA or from_rows
     U, G = _read_dy(dy, B if need_U else None, S_trained if need_dB else None, dtype)
     U_trained = U if U is None or whole else U[:, :t]
-    dA = dB = de = None
+    dx = dA = dB = de = None
     if need_dB:
         if need_de and not need_dA:
             de = (B[:, :t].t() * G).sum(1).mul_(branch.scale)
         dB = torch.empty(B.shape[0], t, dtype=like[1].dtype)
         torch.mul(G.t(), branch.scale if c is None else c[:t] * branch.scale, out=dB)
+    if need_dx:
+        dx = torch.zeros(dy.shape[0], A.shape[1], dtype=dx_dtype) if weight is None else dy @ weight
+        # c goes with A, where it rounds once for bf16 products, as in PEFT
+        Ac = A if c is None else A * c[:, None]
+    if keep is not None:
+        A_trained = _cast(Ac[:t] * factor, dtype) if need_dx else None
+        dA = _backward_dropped(U_trained, x if need_dA else None, keep, dx, A_trained)
+        if need_dx and not whole:
+            add_product(dx, U[:, t:], _cast(Ac[t:], dtype), branch.scale)
+    else:
+        dA = _gram_x(U_trained, x, dtype) if need_dA else None
+        if need_dx:
+            add_product(dx, U, _cast(Ac, dtype), branch.scale)
     if need_dA:
-        dA = _gram_x(U_trained, x, keep, dtype)
         if need_de:  # as PEFT forms it, so that bf16 products spoil it no more
             de = (dA * A[:t]).sum(1).mul_(factor)
         dA.mul_(factor if c is None else (c[:t] * factor)[:, None])
     if from_rows:
         de = (U_trained * S_trained).sum(0).mul_(branch.scale)
-    dx = None
-    if need_dx:
-        dx = torch.zeros(dy.shape[0], A.shape[1], dtype=dx_dtype) if weight is None else dy @ weight
-        # c goes with A, where it rounds once for bf16 products, as in PEFT
-        Ac = A if c is None else A * c[:, None]
-        if keep is None:
-            add_product(dx, U, _cast(Ac, dtype), branch.scale)
-        else:
-            _add_dropped(dx, U_trained, _cast(Ac[:t] * factor, dtype), keep)
-            if not whole:
-                add_product(dx, U[:, t:], _cast(Ac[t:], dtype), branch.scale)
     return (
         dx,
         scatter(dA, 0, like[0], aux) if needs[1] else None,
         scatter(dB, 1, like[1], aux) if needs[2] else None,
         scatter(de, 0, like[2], aux) if needs[3] else None,
     )
+
+
+def scaled_product(P: Tensor, Q: Tensor, alpha: float) -> Tensor:
+    """alpha P Q in one step, fp32 or fp64."""
+    return torch.addmm(_NOTHING[P.dtype], P, Q, beta=0, alpha=alpha)
 
 
 def gram_dy(dy: Tensor, S: Tensor, scale: float) -> Tensor:
@@ -253,7 +265,7 @@ def gram_dy(dy: Tensor, S: Tensor, scale: float) -> Tensor:
     three times faster than the tall one.
     """
     if dy.numel() <= _TALL_ELEMENTS:
-        return torch.mm(dy.t(), S).mul_(scale)
+        return scaled_product(dy.t(), S, scale)
     G = torch.empty(dy.shape[1], S.shape[1], dtype=S.dtype)
     return torch.mul(torch.mm(S.t(), dy).t(), scale, out=G)
 
@@ -284,26 +296,37 @@ def _read_dy(
     return U, G
 
 
-def _gram_x(U: Tensor, x: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """H = Uᵀ xh `[R, K]`, without the scale and dropout's factor."""
-    if x.dtype == dtype and keep is None:
+def _gram_x(U: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """H = Uᵀ x `[R, K]`, without the scale."""
+    if x.dtype == dtype:
         return _cast(torch.mm(U.t(), x), _wide(dtype))
-    H = torch.zeros(U.shape[1], x.shape[1], dtype=_wide(dtype))
+    H = torch.zeros(U.shape[1], x.shape[1], dtype=dtype)
     for block in row_blocks(*x.shape):
-        x_block = x[block] if keep is None else masked(x[block], keep[block], slot=1)
-        if dtype == H.dtype:
-            H.addmm_(U[block].t(), widened(x_block, dtype))
-        else:
-            H.add_(torch.mm(U[block].t(), x_block))
+        H.addmm_(U[block].t(), widened(x[block], dtype))
     return H
 
 
-def _add_dropped(dx: Tensor, V: Tensor, A: Tensor, keep: Tensor) -> None:
-    """dx += keep∘(V A) in place; every factor is in A already, since a 16-bit add rounds its alpha
-    times the other operand."""
-    if dx.dtype == torch.bfloat16 and V.dtype == torch.float32 and bf16_units():
-        V, A = _split(V, A)
-    for block in row_blocks(*dx.shape):
-        rows = dx[block]
-        share = torch.mm(V[block], A, out=scratch(rows, V.dtype, slot=0))
-        rows.add_(masked_(share, keep[block], slot=1))
+def _backward_dropped(
+    U: Tensor, x: Tensor | None, keep: Tensor, dx: Tensor | None, A: Tensor | None
+) -> Tensor | None:
+    """H = Uᵀ xh `[R, K]` without the scale, for x given; dx += keep∘(U A) in place, for dx given.
+
+    Every factor of dx is in A already: a 16-bit add rounds its alpha times the other operand.
+    """
+    H, V = None, U
+    if x is not None:
+        H = torch.zeros(U.shape[1], x.shape[1], dtype=_wide(U.dtype))
+    if dx is not None and dx.dtype == torch.bfloat16 and U.dtype == torch.float32 and bf16_units():
+        V, A = _split(U, A)
+    for block in row_blocks(*keep.shape):
+        mask = Mask(keep[block])
+        if H is not None:
+            kept = mask.of(x[block])
+            if U.dtype == H.dtype:
+                H.addmm_(U[block].t(), widened(kept, U.dtype))
+            else:
+                H.add_(torch.mm(U[block].t(), kept))
+        if dx is not None:
+            rows = dx[block]
+            rows.add_(mask.on_(torch.mm(V[block], A, out=scratch(rows, V.dtype, slot=0))))
+    return H

@@ -45,16 +45,16 @@ class Dropout:
             self._words = np.random.SFC64(int(aux.seed) & (2**64 - 1))
             self._p = p
 
-    def draw(self, block: slice) -> Tensor:
-        """The block's mask, int16 or int8 `[rows, columns]`; blocks are drawn in order, once."""
+    def draw(self, block: slice) -> "Mask":
+        """The block's mask; blocks are drawn in order, once."""
         keep = self.keep[block]
         if self._philox:
-            return keep
+            return Mask(keep)
         elements = keep.numel()
         lanes = _lanes(self._words, elements)[:elements]
         lanes = _kept_lanes(lanes, self._p).view(keep.shape)
         keep.copy_(lanes)
-        return lanes
+        return Mask(lanes)
 
 
 def mean_factor(p: float, philox: bool = False) -> float:
@@ -85,16 +85,25 @@ def _kept_lanes(lanes: Tensor, p: float) -> Tensor:
     return lanes.bitwise_right_shift_(15)
 
 
-def masked(x: Tensor, keep: Tensor, slot: int) -> Tensor:
-    """x where keep is -1, zeros where it is 0, in scratch memory: any float dtype, any strides."""
-    bits = _BITS[x.itemsize]
-    out = scratch(x, bits, slot)
-    keep = keep if keep.dtype == bits else out.copy_(keep)
-    return torch.bitwise_and(x.view(bits), keep, out=out).view(x.dtype)
+class Mask:
+    """One block of kept elements, -1 or 0, in whichever width an operand needs."""
 
+    def __init__(self, keep: Tensor) -> None:
+        self._keep = keep
 
-def masked_(x: Tensor, keep: Tensor, slot: int) -> Tensor:
-    """masked in place; the slot is for the mask."""
-    bits = _BITS[x.itemsize]
-    x.view(bits).bitwise_and_(widened(keep, bits, slot))
-    return x
+    def of(self, x: Tensor) -> Tensor:
+        """x where kept, zeros elsewhere, in scratch memory: any float dtype, any strides."""
+        bits = _BITS[x.itemsize]
+        out = scratch(x, bits, slot=1)
+        return torch.bitwise_and(x.view(bits), self._as(bits), out=out).view(x.dtype)
+
+    def on_(self, x: Tensor) -> Tensor:
+        """The same in place."""
+        bits = _BITS[x.itemsize]
+        x.view(bits).bitwise_and_(self._as(bits))
+        return x
+
+    def _as(self, bits: torch.dtype) -> Tensor:
+        if self._keep.dtype != bits:
+            self._keep = widened(self._keep, bits, slot=2 + bits.itemsize)  # apart from its source
+        return self._keep

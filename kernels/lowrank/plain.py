@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastrank.kernels.common.backend import Setting
-from fastrank.kernels.lowrank.addmm import add_product, gram_dy
+from fastrank.kernels.lowrank.addmm import add_product, gram_dy, scaled_product
 from fastrank.kernels.lowrank.cpu_dropout import draw_bits, mean_factor
 
 _TYPES = (Tensor, torch.nn.Parameter)
@@ -25,7 +25,7 @@ _WIDE = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-# most elements of x and of y where something is cast, or drawn and cast, whole
+# most elements of x and of y where something is cast whole, and of x where dropout is drawn whole
 _WHOLE = 1 << 20
 _WHOLE_DRAW = 1 << 18
 
@@ -74,7 +74,8 @@ def _is_frozen(bias: Tensor, weight: Tensor) -> bool:
 
 def _is_small(x: Tensor, weight: Tensor, dropout_p: float) -> bool:
     N, K = weight.shape
-    return x.numel() * max(N, K) <= (_WHOLE_DRAW if dropout_p else _WHOLE) * K
+    size = x.numel()
+    return size * max(N, K) <= _WHOLE * K and (not dropout_p or size <= _WHOLE_DRAW)
 
 
 def linear(
@@ -166,20 +167,20 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = dy.contiguous()  # what .sum() sends back; vendor products would copy it each time
     dy_wide = dy if dy.dtype is wide else dy.to(wide)
     if weight is not None or xh is not None:
-        U = torch.mm(dy_wide, B).mul_(scale)
+        U = torch.mm(dy_wide, B)
     if weight is not None:
         dx = torch.mm(dy, weight)
         if keep is not None:
             share = torch.mm(U, A)
             share.view(keep.dtype).bitwise_and_(keep)
-            dx.add_(share)
+            dx.add_(share, alpha=scale)
         elif dx.dtype is wide:
-            dx.addmm_(U, A)
+            dx.addmm_(U, A, alpha=scale)
         else:
-            add_product(dx, U, A, 1.0)
+            add_product(dx, U, A, scale)
         dx = dx if len(x_shape) == 2 else dx.view(x_shape)
     if xh is not None:
-        dA = torch.mm(U.t(), xh if xh.dtype is wide else xh.to(wide))
+        dA = scaled_product(U.t(), xh if xh.dtype is wide else xh.to(wide), scale)
     if S is not None:
         dB = gram_dy(dy_wide, S, scale)
     return dx, None, None, dA, dB, None, None
