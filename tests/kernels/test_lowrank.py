@@ -72,6 +72,17 @@ def test_the_comparison_can_fail():
         assert_as_good_as(spoiled, baseline, exact)
 
 
+def test_a_rounded_branch_leaves_the_digits_of_a_wider_base():
+    x, A = torch.randn(30, 16), torch.randn(3, 16)
+    base, B = torch.randn(30, 20), torch.zeros(20, 3)
+    B[:10] = torch.randn(10, 3)
+    with torch.autocast("cpu", BF16):
+        y = lowrank_add(base, x, A, B)
+        branch = lowrank_add(torch.zeros(30, 20), x, A, B)
+    assert torch.equal(y[:, 10:], base[:, 10:])
+    assert torch.allclose(y - base, branch, atol=1e-5)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_add_is_the_branch_of_linear(p):
     case = make("bf16-fp32-adapters", keywords={"scale": 0.5, "dropout_p": p, "seed": 3})
