@@ -36,7 +36,7 @@ SHIPPED = Path(__file__).with_name("choices.json")
 
 
 class Table:
-    """The choices of one device. Lookups are cached by bucket: about a microsecond."""
+    """The choices of one device. Lookups are cached by bucket."""
 
     def __init__(self, entry: dict, gpu: Gpu):
         """entry: one device's part of a table, complete, its rules parsed."""
