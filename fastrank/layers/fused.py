@@ -199,6 +199,9 @@ class FusedLayer:
         tensors = tuple(t for t in plan.operands if isinstance(t, Tensor))
         if any(type(tensor) is not nn.Parameter for tensor in tensors):
             return None  # lent for one call (torch.func.functional_call): not ours to keep alive
+        dtypes = {tensor.dtype for tensor in (x, *tensors)}
+        if torch.float64 in dtypes and len(dtypes) > 1:
+            return None  # allowed without autocast, refused with it
         active = self._active_adapter
         if not isinstance(active, str):
             if len(active) != 1:
@@ -222,7 +225,7 @@ class FusedLayer:
             tensors=tensors,
             numbers=factors.numbers,
         )
-        return Memo(plan.operands, facts, x.device)
+        return Memo(plan.operands, facts, x)
 
     def _active_here(self) -> list[str]:
         """Names of the active adapters that this layer has, as often as PEFT would apply them."""

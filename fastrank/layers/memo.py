@@ -91,15 +91,15 @@ class Memo:
     Args:
         operands: of the approved call.
         facts: what the approval rests on.
-        device: of the input.
+        x: the input, of which dtype and device have to stay.
     """
 
-    __slots__ = ("_device", "_draw", "_facts", "_handles", "_parts", "operands")
+    __slots__ = ("_device", "_draw", "_dtype", "_facts", "_handles", "_parts", "operands")
 
-    def __init__(self, operands: tuple, facts: Facts, device: torch.device) -> None:
+    def __init__(self, operands: tuple, facts: Facts, x: Tensor) -> None:
         self.operands = operands
         self._facts = facts
-        self._device = device
+        self._dtype, self._device = x.dtype, x.device
         self._draw = _draw(facts.dropout)
         self._handles = RemovableHandle.next_id
         self._parts = tuple(
@@ -115,6 +115,7 @@ class Memo:
             torch._C._is_tracing()
             or torch._C._are_functorch_transforms_active()
             or (type(x) is not Tensor and type(x) is not nn.Parameter)
+            or x.dtype is not self._dtype
             or x.device != self._device
             or own["_disable_adapters"]
             or own["merged_adapters"]

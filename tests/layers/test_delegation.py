@@ -367,6 +367,18 @@ def test_states_that_come_and_go_are_followed():
     }
 
 
+def test_float64_mixed_in_is_noticed_when_autocast_comes():
+    stock, fast, report = pair()
+    for model in (stock, fast):
+        layer_of(model).lora_A.float()
+        layer_of(model).lora_B.float()
+    fast(rows()), fast(rows())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(rows()), stock(rows()))
+    assert report.fused_calls == 2
+    assert report.delegated_calls == {"float64 mixed in under autocast": 1}
+
+
 def test_an_approved_call_is_not_examined_again(monkeypatch):
     _, fast, _ = pair()
     want = fast(rows())
