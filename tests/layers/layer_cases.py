@@ -27,6 +27,10 @@ class Net(nn.Module):
         return self.fc(x, **kwargs)
 
 
+class Tagged(torch.Tensor):
+    """A tensor subclass, as quantised and distributed weights are."""
+
+
 def pair(kind="linear", dtype=torch.float64, seed=0, bias=True, **options):
     """(stock, patched, report): the same PEFT model twice, B filled so that the branch counts."""
     torch.manual_seed(seed)
