@@ -2,5 +2,6 @@
 
 from fastrank.kernels.lowrank.choices import load_choices
 from fastrank.kernels.lowrank.op import lowrank_add, lowrank_linear
+from fastrank.kernels.lowrank.shared import Projection, lowrank_linears
 
-__all__ = ["load_choices", "lowrank_add", "lowrank_linear"]
+__all__ = ["Projection", "load_choices", "lowrank_add", "lowrank_linear", "lowrank_linears"]

@@ -39,7 +39,7 @@ def bf16_units() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def _compute_dtype(x: torch.dtype, adapters: torch.dtype, branch: Branch) -> torch.dtype:
+def compute_dtype(x: torch.dtype, adapters: torch.dtype, branch: Branch) -> torch.dtype:
     """What the products of the branch are computed in."""
     if x in (torch.float32, torch.float64):
         return x
@@ -96,20 +96,20 @@ def add_(
         x: `[M, K]`.
         A, B, e: all ranks, `[R, K]`, `[N, R]`, `[R]`.
     """
-    dtype = _compute_dtype(x.dtype, A.dtype, branch)
+    dtype = compute_dtype(x.dtype, A.dtype, branch)
     A, B, c = _selected(A, B, e, dtype, branch, aux)
     A = _cast(A, dtype)
     keep = None
     if branch.dropout_p > 0.0 and branch.trained > 0:
         S, keep = _shrink_dropped(x, A, branch, aux)
     else:
-        S = _shrink(x, A)
+        S = shrink(x, A)
     T = S if c is None else S * c
     add_product(y, _cast(T, dtype), _cast(B, dtype).t(), branch.scale)
     return S, keep
 
 
-def _shrink(x: Tensor, A: Tensor) -> Tensor:
+def shrink(x: Tensor, A: Tensor) -> Tensor:
     """S = x Aᵀ `[M, R]`."""
     if x.dtype == A.dtype:
         return _cast(torch.mm(x, A.t()), _wide(A.dtype))
@@ -204,7 +204,7 @@ def backward(
     need_dx, need_dA, need_dB, need_de = needs
     like, t = (A, B, e), branch.trained
     x_dtype = (branch.autocast or dx_dtype) if x is None else x.dtype
-    dtype = _compute_dtype(x_dtype, A.dtype, branch)
+    dtype = compute_dtype(x_dtype, A.dtype, branch)
     A, B, c = _selected(A, B, e, dtype, branch, aux)
     if t == 0:
         need_dA = need_dB = need_de = False
@@ -218,7 +218,7 @@ def backward(
 
     S_trained = S if S is None or whole else S[:, :t]
     need_U = need_dx or need_dA or from_rows
-    U, G = _read_dy(dy, B if need_U else None, S_trained if need_dB else None, dtype)
+    U, G = read_dy(dy, B if need_U else None, S_trained if need_dB else None, dtype)
     U_trained = U if U is None or whole else U[:, :t]
     dx = dA = dB = de = None
     if need_dB:
@@ -236,7 +236,7 @@ def backward(
         if need_dx and not whole:
             add_product(dx, U[:, t:], _cast(Ac[t:], dtype), branch.scale)
     else:
-        dA = _gram_x(U_trained, x, dtype) if need_dA else None
+        dA = gram_x(U_trained, x, dtype) if need_dA else None
         if need_dx:
             add_product(dx, U, _cast(Ac, dtype), branch.scale)
     if need_dA:
@@ -270,7 +270,7 @@ def gram_dy(dy: Tensor, S: Tensor, scale: float) -> Tensor:
     return torch.mul(torch.mm(S.t(), dy).t(), scale, out=G)
 
 
-def _read_dy(
+def read_dy(
     dy: Tensor, B: Tensor | None, S: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """U = dY B `[M, R]` and Gᵀ = Sᵀ dY `[R, N]` without the scale, from one read of dY.
@@ -296,7 +296,7 @@ def _read_dy(
     return U, G
 
 
-def _gram_x(U: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def gram_x(U: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """H = Uᵀ x `[R, K]`, without the scale."""
     if x.dtype == dtype:
         return _cast(torch.mm(U.t(), x), _wide(dtype))

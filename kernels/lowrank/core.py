@@ -46,7 +46,7 @@ def _implementation(backend: str) -> ModuleType:
 _AS_IT_IS = nullcontext()
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager:
+def no_autocast(tensor: Tensor) -> AbstractContextManager:
     """Casts are explicit in here; autocast would round fp32 intermediates."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS
@@ -81,7 +81,7 @@ def forward(
 
     With y given the base is y, written in place (any number of dimensions).
     """
-    with _no_autocast(x):
+    with no_autocast(x):
         if x.shape[0] == 0 or branch.kept == 0:
             return F.linear(x, weight, bias) if y is None else y, None, None
         path = _implementation(branch.backend)
@@ -118,7 +118,7 @@ def backward(
     if 0 in dy.stride() and dy.numel() > 1:
         dy = dy.contiguous()  # what .sum() sends back; vendor products would copy it each time
     grads: list[Tensor | None] = [None] * 6
-    with _no_autocast(dy):
+    with no_autocast(dy):
         if need_weight:
             grads[1] = dy.t() @ x
         if need_bias:

@@ -16,7 +16,7 @@ from fastrank.kernels.lowrank.scratch import scratch, widened
 
 _STEPS = 1 << 15
 # up to here seeding a faster generator costs more than torch's own takes for the draw
-_OWN_GENERATOR = 1 << 17
+_OWN_GENERATOR = 1 << 18
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -93,7 +93,7 @@ def lowrank_linear(
             raise TypeError("weight is None; pass weight [N, K], or use lowrank_add for the branch")
     check_options(scale, dropout_p, seed, row_ids, precision, x)
     check_masks(active, trainable, A.shape[0])
-    autocast = _autocast_dtype(x)
+    autocast = autocast_dtype(x)
     if autocast is None:
         check_base_dtypes(x, weight, bias)
     backend = choose_backend(backend, x.device, autocast or x.dtype)
@@ -139,7 +139,7 @@ def lowrank_add(
     # under compile the op is functional and y.copy_ follows, which is right for views too
     if inplace and not torch.compiler.is_compiling() and y._is_view():
         raise ValueError("y is a view; pass inplace=False, or y.clone()")
-    autocast = _autocast_dtype(x)
+    autocast = autocast_dtype(x)
     compute = autocast or x.dtype
     named = backend
     backend = choose_backend(named, x.device, compute)
@@ -206,7 +206,7 @@ def _run(
     return _shaped(out, x) if y is None else y
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts the operands of a linear layer to; it leaves float64 alone."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):

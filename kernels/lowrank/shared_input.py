@@ -11,27 +11,14 @@ in groups of those that agree.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrank.kernels.lowrank import triton_path
-from fastrank.kernels.lowrank.arguments import Aux, Branch
 from fastrank.kernels.lowrank.calls import Call, start
 from fastrank.kernels.lowrank.launchers import Shared, gram, shrink
-
-
-class Layer(NamedTuple):
-    """One of the layers; all but x, as core.forward takes them."""
-
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    e: Tensor | None
-    branch: Branch
-    aux: Aux
+from fastrank.kernels.lowrank.shared_layer import Layer
 
 
 @functools.lru_cache(maxsize=256)
