@@ -15,6 +15,7 @@ from fastrank.kernels.common import BACKENDS
 from fastrank.layers.dispatch import LayerState
 from fastrank.layers.registry import LOOKED_FOR, fast_classes
 from fastrank.layers.report import PatchReport, PatchRow, is_patched, kind
+from fastrank.layers.siblings import Siblings
 
 __all__ = ["PatchReport", "PatchRow", "patch", "unpatch"]
 
@@ -31,12 +32,14 @@ def patch(model: nn.Module, *, backend: str = "auto", precision: str = "peft") -
 
     Outputs, gradients, `state_dict`, merging, saving and AdaLoRA's allocation of ranks stay PEFT's.
     Over bitsandbytes' 4-bit and 8-bit bases the base runs its own forward and the branch is fused.
-    What a layer can't fuse is decided at each call and goes through PEFT's own forward: disabled or
-    merged adapters, several active adapters, DoRA and other variants, `lora_bias`, extra arguments
-    such as `adapter_names`, hooks on what lies inside the layer, other quantised weights, weights
-    that are sharded inside the call. AdaLoRA's `ranknum`, which PEFT leaves trainable unless the
-    base is float32, is frozen until `unpatch`; the report notes it. Patching a patched model keeps
-    its counters, takes up layers added since, and sets the options given.
+    Layers that the model calls with one input, as q, k and v, are found in the first forward and
+    computed together from then on. What a layer can't fuse is decided at each call and goes through
+    PEFT's own forward: disabled or merged adapters, several active adapters, DoRA and other
+    variants, `lora_bias`, extra arguments such as `adapter_names`, hooks on what lies inside the
+    layer, other quantised weights, weights that are sharded inside the call. AdaLoRA's `ranknum`,
+    which PEFT leaves trainable unless the base is float32, is frozen until `unpatch`; the report
+    notes it. Patching a patched model keeps its counters, takes up layers added since, and sets the
+    options given.
 
     Args:
         model: a `PeftModel`, or any module with PEFT's LoRA or AdaLoRA layers in it.
@@ -69,7 +72,21 @@ def patch(model: nn.Module, *, backend: str = "auto", precision: str = "peft") -
         if is_patched(module):
             module._fastrank.backend, module._fastrank.precision = backend, precision
             module.adopt()
+    _introduce_siblings(modules)
     return PatchReport(model)
+
+
+def _introduce_siblings(modules: list[tuple[str, nn.Module]]) -> None:
+    """Tell the fused layers of each parent of each other: some may turn out to share an input."""
+    families: dict[tuple[str, int], list[nn.Module]] = {}
+    for name, module in modules:
+        if is_patched(module) and module.reads_base:
+            family = families.setdefault((name.rpartition(".")[0], module.in_features), [])
+            family.append(module)
+    for family in families.values():
+        siblings = Siblings(family) if len(family) > 1 else None
+        for module in family:
+            module._fastrank.siblings = siblings
 
 
 def unpatch(model: nn.Module) -> int:

@@ -8,13 +8,16 @@ tensor's values, so none can cost a device sync.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastrank.layers.memo import Memo, Number
+
+if TYPE_CHECKING:
+    from fastrank.layers.siblings import Siblings
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (Tensor, nn.Parameter)
@@ -66,6 +69,7 @@ class LayerState:
         memo: the last approved call, for the next one to recognise.
         number: the last one-element parameter read (AdaLoRA's ranknum).
         frozen: adapters whose ranknum was trainable before `patch` froze it.
+        siblings: the layers under the same parent, where some may share an input.
     """
 
     name: str = ""
@@ -75,10 +79,11 @@ class LayerState:
     memo: Memo | None = None
     number: Number | None = None
     frozen: list[str] = field(default_factory=list)
+    siblings: "Siblings | None" = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the layer has parts of its own
-        return self.__dict__ | {"memo": None, "number": None}
+        return self.__dict__ | {"memo": None, "number": None, "siblings": None}
 
 
 @torch.compiler.assume_constant_result

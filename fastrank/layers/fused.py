@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastrank.kernels.lowrank import lowrank_linear
+from fastrank.kernels.lowrank import Projection, lowrank_linear
 from fastrank.layers import dispatch
 from fastrank.layers.dispatch import LayerState, parameter
 from fastrank.layers.memo import Facts, Memo, Number, Part
@@ -77,6 +77,7 @@ class FusedLayer:
     """Mixin in front of a PEFT linear layer: plain calls run fused, all others PEFT's forward."""
 
     stock: ClassVar[type]  # PEFT's class
+    reads_base: ClassVar[bool] = True  # whether the base's weight goes into the fused call
     _labels: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_dropout")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +96,7 @@ class FusedLayer:
             if memo is not None and memo.holds(own, x):
                 state.calls.fused += 1
                 try:
-                    return self._run(x, memo.operands, state)
+                    return self._approved(x, memo.operands, state)
                 except (TypeError, ValueError):
                     # the kernel refuses its operands: `plan` says why
                     state.calls.fused -= 1
@@ -107,7 +108,17 @@ class FusedLayer:
         state.calls.count(None)
         if not torch.compiler.is_compiling():
             state.memo = self._remember(plan, x)
+            if state.memo is not None:
+                return self._approved(x, plan.operands, state)
         return self._run(x, plan.operands, state)
+
+    def _approved(self, x: Tensor, operands: Operands, state: LayerState) -> Tensor:
+        """A call that the memo approves: by what siblings have computed, or on its own."""
+        if state.siblings is not None:
+            result = state.siblings.take(self, x)
+            if result is not None:
+                return result
+        return self._run(x, operands, state)
 
     def plan(
         self, x: Tensor | None = None, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -144,6 +155,17 @@ class FusedLayer:
             return reason
         operands = Operands(*base[:3], *factors[:4], dispatch.dropout_probability(dropout))
         return Plan(operands, base, factors)
+
+    def projection(self, x: Tensor) -> Projection | None:
+        """The operands of a plain call on `x`, if the last approval still holds for it."""
+        state: LayerState | None = self.__dict__.get("_fastrank")
+        memo = None if state is None else state.memo
+        if memo is None or not memo.holds(self.__dict__, x):
+            return None
+        weight, bias, transposed, a, b, e, scale, dropout_p = memo.operands
+        e, scale = diagonal(e, scale)
+        weight = weight.T if transposed else weight
+        return Projection(weight, bias, a, b, scale, e, dropout_p=dropout_p)
 
     def _run(self, x: Tensor, operands: Operands, state: LayerState) -> Tensor:
         """The fused call itself: x `[..., K]` -> `[..., N]`."""

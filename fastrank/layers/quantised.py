@@ -26,6 +26,8 @@ _BASES = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
 class OwnForwardBase:
     """A base layer that is called as the module it is, hooks and all."""
 
+    reads_base = False
+
     def _base(self) -> Base | str:
         base = self._modules["base_layer"]
         return Base() if type(base) in _BASES else f"base layer is a {type(base).__name__}"
