@@ -74,14 +74,13 @@ def lowrank_linear(
     if (
         not torch.compiler.is_compiling()
         and active is None is trainable
-        and e is None
         and seed is None is row_ids
         and backend == "auto"
         and precision == "peft"
-        and plain.fits(x, weight, bias, A, B, scale, dropout_p)
+        and plain.fits(x, weight, bias, A, B, e, scale, dropout_p)
     ):
         try:
-            return plain.linear(x, weight, bias, A, B, scale, dropout_p)
+            return plain.linear(x, weight, bias, A, B, e, scale, dropout_p)
         except (IndexError, RuntimeError):
             # arguments that don't go together: say which
             check_tensors(x, A, B, e, weight=weight, bias=bias)

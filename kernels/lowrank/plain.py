@@ -1,4 +1,4 @@
-"""The commonest calls on a CPU in as few steps as they take: no mask, diagonal, seed or autocast.
+"""The commonest calls on a CPU in as few steps as they take: no mask, seed or autocast.
 
 The same products as in addmm.py; what is left out is the choosing, and the row blocks, which a call
 of this size would have one of. At 128 rows of 384 columns the general route's Python costs as much
@@ -36,6 +36,7 @@ def fits(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
+    e: Tensor | None,
     scale: float,
     dropout_p: float,
 ) -> bool:
@@ -57,6 +58,7 @@ def fits(
         and not weight.requires_grad
         and weight.dim() == 2
         and (bias is None or _is_frozen(bias, weight))
+        and (e is None or _is_diagonal(e, A))
         and type(scale) is float
         and -math.inf < scale < math.inf  # torch.compile may hold it as a symbol
         and type(dropout_p) is float
@@ -72,6 +74,10 @@ def _is_frozen(bias: Tensor, weight: Tensor) -> bool:
     return bias.is_cpu and not bias.requires_grad and bias.shape == weight.shape[:1]
 
 
+def _is_diagonal(e: Tensor, A: Tensor) -> bool:
+    return type(e) in _TYPES and e.is_cpu and e.dtype is A.dtype and e.shape == A.shape[:1]
+
+
 def _is_small(x: Tensor, weight: Tensor, dropout_p: float) -> bool:
     N, K = weight.shape
     size = x.numel()
@@ -84,16 +90,19 @@ def linear(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
+    e: Tensor | None,
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """x Wᵀ + bias + scale (drop(x) Aᵀ) Bᵀ, `[..., N]`, for arguments that fit.
+    """x Wᵀ + bias + scale ((drop(x) Aᵀ) ⊙ e) Bᵀ, `[..., N]`, for arguments that fit.
 
     Dropout is drawn from torch's own generator.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
-        return _Plain.apply(x, weight, bias, A, B, scale, dropout_p)
-    return _forward(x, weight, bias, A, B, scale, dropout_p)[0]
+    if torch.is_grad_enabled() and (
+        x.requires_grad or A.requires_grad or B.requires_grad or (e is not None and e.requires_grad)
+    ):
+        return _Plain.apply(x, weight, bias, A, B, e, scale, dropout_p)
+    return _forward(x, weight, bias, A, B, e, scale, dropout_p)[0]
 
 
 def _forward(
@@ -102,10 +111,14 @@ def _forward(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
+    e: Tensor | None,
     scale: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
-    """y; xh `[M, K]` in the branch's dtype; S `[M, R]`; bits of kept elements; the whole scale."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, float]:
+    """y, xh, S, T, the bits of kept elements and the whole scale.
+
+    xh `[M, K]` is in the branch's dtype; S = xh Aᵀ and T = S ⊙ e are `[M, R]`.
+    """
     xh = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = F.linear(xh, weight, bias)
     keep = None
@@ -116,31 +129,35 @@ def _forward(
         xh = (xh.view(keep.dtype) & keep).view(A.dtype)
         scale *= mean_factor(dropout_p)
     S = torch.mm(xh, A.t())
+    T = S if e is None else S * e
     if y.dtype is A.dtype:
-        y.addmm_(S, B.t(), alpha=scale)
+        y.addmm_(T, B.t(), alpha=scale)
     else:
-        add_product(y, S, B.t(), scale)
+        add_product(y, T, B.t(), scale)
     if x.dim() != 2:
         # not view: what a Function returns as a view could not be modified in place
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
-    return y, xh, S, keep, scale
+    return y, xh, S, T, keep, scale
 
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale, dropout_p):
-        y, xh, S, keep, scale = _forward(x, weight, bias, A, B, scale, dropout_p)
-        need_x, _, _, need_A, need_B, _, _ = ctx.needs_input_grad
+    def forward(ctx, x, weight, bias, A, B, e, scale, dropout_p):
+        y, xh, S, T, keep, scale = _forward(x, weight, bias, A, B, e, scale, dropout_p)
+        need_x, _, _, need_A, need_B, need_e, _, _ = ctx.needs_input_grad
         if not need_A:
             xh = None
         elif keep is None and xh.dtype is not x.dtype:
             xh = x.reshape(-1, x.shape[-1])  # shared with others, unlike a wider copy
+        if need_A or not need_e:  # where dA is made, de comes with it
+            S = T if need_B else None
         ctx.save_for_backward(
             xh,
             weight if need_x else None,
             A,
             B,
-            S if need_B else None,
+            e,
+            S,
             keep if need_x else None,
         )
         ctx.plain = scale, x.shape
@@ -157,33 +174,49 @@ class _Plain(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    xh, weight, A, B, S, keep = ctx.saved_tensors
+    xh, weight, A, B, e, S, keep = ctx.saved_tensors
     scale, x_shape = ctx.plain
+    need_x, _, _, need_A, need_B, need_e, _, _ = ctx.needs_input_grad
+    need_e_alone = need_e and not need_A
     wide = A.dtype
-    dx = dA = dB = None
+    dx = dA = dB = de = None
     if dy.dim() != 2:
         dy = dy.reshape(-1, B.shape[0])
     if 0 in dy.stride():
         dy = dy.contiguous()  # what .sum() sends back; vendor products would copy it each time
     dy_wide = dy if dy.dtype is wide else dy.to(wide)
-    if weight is not None or xh is not None:
+    if need_x or need_A or (need_e and not need_B):
         U = torch.mm(dy_wide, B)
-    if weight is not None:
+    if need_x:
         dx = torch.mm(dy, weight)
-        if keep is not None:
-            share = torch.mm(U, A)
-            share.view(keep.dtype).bitwise_and_(keep)
-            dx.add_(share, alpha=scale)
-        elif dx.dtype is wide:
-            dx.addmm_(U, A, alpha=scale)
-        else:
-            add_product(dx, U, A, scale)
+        _add_branch(dx, U, A if e is None else A * e[:, None], keep, scale)
         dx = dx if len(x_shape) == 2 else dx.view(x_shape)
-    if xh is not None:
+    if need_A:
         dA = scaled_product(U.t(), xh if xh.dtype is wide else xh.to(wide), scale)
-    if S is not None:
+        if need_e:
+            de = (dA * A).sum(1)
+        if e is not None:
+            dA.mul_(e[:, None])
+    if need_B:
         dB = gram_dy(dy_wide, S, scale)
-    return dx, None, None, dA, dB, None, None
+        if need_e_alone:
+            de = (dB * B).sum(0)
+            dB.mul_(e)
+    elif need_e_alone:
+        de = (U * S).sum(0).mul_(scale)
+    return dx, None, None, dA, dB, de, None, None
+
+
+def _add_branch(dx: Tensor, U: Tensor, A: Tensor, keep: Tensor | None, scale: float) -> None:
+    """dx += scale keep∘(U A) in place."""
+    if keep is not None:
+        share = torch.mm(U, A)
+        share.view(keep.dtype).bitwise_and_(keep)
+        dx.add_(share, alpha=scale)
+    elif dx.dtype is A.dtype:
+        dx.addmm_(U, A, alpha=scale)
+    else:
+        add_product(dx, U, A, scale)
 
 
 _backward_once = once_differentiable(_backward)
