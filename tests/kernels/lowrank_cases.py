@@ -34,6 +34,7 @@ class Case:
     keywords: dict = field(default_factory=dict)
     device: str = "cpu"
     seed: int = 0
+    frozen_base: bool = False
 
     def inputs(self) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(self.seed)
@@ -55,6 +56,9 @@ class Case:
             given["e"] = None
         if not self.with_bias:
             given["bias"] = None
+        if self.frozen_base:
+            for name in ("weight", "bias"):
+                given[name] = None if given[name] is None else given[name].detach()
         return given
 
     def dy(self) -> Tensor:
@@ -81,7 +85,10 @@ def run(function, case: Case, **changes) -> dict[str, Tensor]:
 def truth(case: Case) -> dict[str, Tensor]:
     """The same in float64, from the same rounded inputs."""
     given = case.inputs()
-    wide = {n: None if t is None else t.detach().to(F64).requires_grad_() for n, t in given.items()}
+    wide = {
+        n: None if t is None else t.detach().to(F64).requires_grad_(t.requires_grad)
+        for n, t in given.items()
+    }
     plain = Case(**(vars(case) | {"autocast": None}))
     return run(reference.lowrank_linear, plain, **wide)
 
