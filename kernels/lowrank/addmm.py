@@ -231,7 +231,8 @@ def backward(
         # c goes with A, where it rounds once for bf16 products, as in PEFT
         Ac = A if c is None else A * c[:, None]
     if keep is not None:
-        A_trained = _cast(Ac[:t] * factor, dtype) if need_dx else None
+        # A of 16 bits must not round before a wide product
+        A_trained = _cast(_cast(Ac[:t], _wide(dtype)) * factor, dtype) if need_dx else None
         dA = _backward_dropped(U_trained, x if need_dA else None, keep, dx, A_trained)
         if need_dx and not whole:
             add_product(dx, U[:, t:], _cast(Ac[t:], dtype), branch.scale)
