@@ -22,7 +22,13 @@ __all__ = ["PatchReport", "PatchRow", "patch", "unpatch"]
 _PRECISIONS = ("peft", "compute")
 
 
-def patch(model: nn.Module, *, backend: str = "auto", precision: str = "peft") -> "PatchReport":
+def patch(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    precision: str = "peft",
+    share_inputs: bool = True,
+) -> "PatchReport":
     """Run the LoRA and AdaLoRA linear layers of `model` fused, in place and reversibly.
 
         model = peft.get_peft_model(base, LoraConfig(...))
@@ -47,6 +53,9 @@ def patch(model: nn.Module, *, backend: str = "auto", precision: str = "peft") -
             "reference".
         precision: "peft" computes the branch in the adapters' dtype as PEFT does; "compute" in the
             base's, which is cheaper with float32 adapters over a 16-bit base.
+        share_inputs: compute layers of one input together. Gradients of the input are then added up
+            in another order from the second forward on; pass False where a run that is stopped and
+            resumed has to give the same bits as one that is not.
 
     Returns:
         A live report of the model's adapted modules.
@@ -72,11 +81,11 @@ def patch(model: nn.Module, *, backend: str = "auto", precision: str = "peft") -
         if is_patched(module):
             module._fastrank.backend, module._fastrank.precision = backend, precision
             module.adopt()
-    _introduce_siblings(modules)
+    _introduce_siblings(modules, share_inputs)
     return PatchReport(model)
 
 
-def _introduce_siblings(modules: list[tuple[str, nn.Module]]) -> None:
+def _introduce_siblings(modules: list[tuple[str, nn.Module]], share_inputs: bool) -> None:
     """Tell the fused layers of each parent of each other: some may turn out to share an input."""
     families: dict[tuple[str, int], list[nn.Module]] = {}
     for name, module in modules:
@@ -84,7 +93,7 @@ def _introduce_siblings(modules: list[tuple[str, nn.Module]]) -> None:
             family = families.setdefault((name.rpartition(".")[0], module.in_features), [])
             family.append(module)
     for family in families.values():
-        siblings = Siblings(family) if len(family) > 1 else None
+        siblings = Siblings(family) if share_inputs and len(family) > 1 else None
         for module in family:
             module._fastrank.siblings = siblings
 

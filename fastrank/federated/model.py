@@ -94,7 +94,8 @@ class ResidentModel:
         # PEFT draws its own A; ours replaces it below
         with torch.random.fork_rng(devices=[]), quiet():
             self.model = get_peft_model(self.model, config).eval()
-        self.report = patch(self.model)
+        # a resumed run has to give the same bits, whatever its process has seen before
+        self.report = patch(self.model, share_inputs=False)
         # the head is now PEFT's trainable copy; the original stays behind as original_module
         self._head = [
             name

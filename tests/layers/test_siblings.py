@@ -174,6 +174,15 @@ def test_switching_adapters_and_disabling_them(calls):
         assert torch.allclose(model(x), stock(x), atol=1e-6)
 
 
+def test_sharing_can_be_declined(calls):
+    model = make()
+    fastrank.patch(model, share_inputs=False)
+    first = step(model, torch.randn(5, 24, generator=torch.Generator().manual_seed(1)))
+    again = step(model, torch.randn(5, 24, generator=torch.Generator().manual_seed(1)))
+    assert calls == []
+    assert all(torch.equal(first[1][name], grad) for name, grad in again[1].items())
+
+
 def test_unpatch_and_copies(calls):
     model = make()
     fastrank.patch(model)
