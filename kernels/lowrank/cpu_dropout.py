@@ -15,8 +15,6 @@ from fastrank.kernels.lowrank.arguments import Aux
 from fastrank.kernels.lowrank.scratch import scratch, widened
 
 _STEPS = 1 << 15
-# up to here seeding a faster generator costs more than torch's own takes for the draw
-_OWN_GENERATOR = 1 << 18
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -63,14 +61,14 @@ def mean_factor(p: float, philox: bool = False) -> float:
 
 
 def draw_bits(p: float, x: Tensor) -> Tensor:
-    """Bits of kept elements, of x's shape and width, by torch's default generator."""
+    """Bits of kept elements, of x's shape and width, by torch's default generator.
+
+    For small x, where seeding a faster generator would cost more than the draw.
+    """
     elements = x.numel()
-    if elements <= _OWN_GENERATOR:
-        words = torch.empty((elements + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        lanes = words.view(torch.int16)
-    else:
-        lanes = _lanes(np.random.SFC64(torch.randint(2**63 - 1, (1,)).item()), elements)
-    return _kept_lanes(lanes[:elements], p).view(x.shape).to(_BITS[x.itemsize])
+    words = torch.empty((elements + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    lanes = words.view(torch.int16)[:elements]
+    return _kept_lanes(lanes, p).view(x.shape).to(_BITS[x.itemsize])
 
 
 def _lanes(words: np.random.BitGenerator, elements: int) -> Tensor:
