@@ -69,6 +69,9 @@ def lowrank_linears(
     """
     if not projections:
         raise ValueError("projections is empty; pass at least one Projection")
+    for i, p in enumerate(projections):
+        if not isinstance(p, Projection):
+            raise TypeError(f"projections[{i}] has type {type(p).__name__}; pass a Projection")
     autocast = autocast_dtype(x)
     chosen = choose_backend(backend, x.device, autocast or x.dtype)
     layers = None

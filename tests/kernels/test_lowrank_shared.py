@@ -191,6 +191,8 @@ def test_refused():
     x, projections = make()
     with pytest.raises(ValueError, match="projections is empty"):
         lowrank_linears(x, [])
+    with pytest.raises(TypeError, match=r"projections\[1\] has type Tensor; pass a Projection"):
+        lowrank_linears(x, [projections[0], projections[1].weight])
     bad = projections[1]._replace(A=torch.zeros(3, 41), weight=torch.zeros(16, 41))
     with pytest.raises(ValueError, match="x has 40 columns but A 41"):
         lowrank_linears(x, [projections[0], bad])
