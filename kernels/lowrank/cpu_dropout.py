@@ -2,7 +2,7 @@
 
 Bernoulli draws and masked products cost PyTorch 5 to 8 ns an element on a CPU, more than all else
 that a low-rank branch does. Sixteen-bit lanes of SFC64 words, compared by shifts, kept as one byte
-an element and applied to the bits of x, cost about a tenth of that (measured on x86, AVX-512).
+an element and applied to the bits of x, cost about a quarter of that (measured on x86, AVX-512).
 The probability is rounded to a multiple of 2**-15.
 """
 

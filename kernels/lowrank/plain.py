@@ -57,6 +57,7 @@ def fits(
         and A.dtype is _WIDE.get(x.dtype)
         and not weight.requires_grad
         and weight.dim() == 2
+        and weight.numel() > 0
         and (bias is None or _is_frozen(bias, weight))
         and (e is None or _is_diagonal(e, A))
         and type(scale) is float

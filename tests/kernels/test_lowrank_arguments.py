@@ -29,6 +29,11 @@ BAD = {
     "columns of x": ({"x": F(6, 7)}, ValueError, "x has 7 columns but A 5"),
     "1-d A": ({"A": F(5)}, ValueError, r"A has shape \[5\]"),
     "ranks differ": ({"A": F(4, 5)}, ValueError, "A has rank dim 4 but B has 3"),
+    "no columns at all": (
+        {"x": F(6, 0), "A": F(3, 0), "weight": F(4, 0)},
+        ValueError,
+        "K and N must be positive",
+    ),
     "no columns": ({"x": F(6, 0), "A": F(3, 0)}, ValueError, "K and N must be positive"),
     "dtypes differ": ({"A": F(3, 5).half()}, TypeError, "A has dtype torch.float16 but B"),
     "e too long": ({"e": F(4)}, ValueError, r"e has shape \[4\]; pass one value a rank, \[3\]"),
