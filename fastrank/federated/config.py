@@ -74,10 +74,13 @@ class Config:
     optimizer: str = option("adamw", "local training", "client optimizer, fresh each round", choices=("adamw", "sgd"))
     weight_decay: float = option(0.0, "local training", "AdamW's decoupled decay (SGD: L2)", minimum=0)
     max_grad_norm: float = option(1.0, "local training", "gradients are clipped to this norm", above=0)
+    lr_scheduler_type: str = option("constant", "local training", "how rates go over a client's own steps of a round", choices=("constant", "linear", "cosine"))
+    warmup_ratio: float = option(0.0, "local training", "share of those steps over which rates rise from zero", minimum=0, below=1)
     base_dropout: bool = option(False, "local training", "leave the base model's own dropout on")
 
     seed: int = option(0, "run", "decides cohorts, batches, first values and every mask", minimum=0)
-    executor: str = option("auto", "run", "how clients are run", choices=("auto", "sequential"))
+    executor: str = option("auto", "run", "how clients are run: together through one base, one by one, or whichever suits their shapes", choices=("auto", "client-parallel", "sequential"))
+    clients_in_parallel: str | int = option("auto", "run", "clients that share a pass, a number or auto (by shapes)", minimum=1, words=("auto",))
     charge_initial: bool = option(False, "run", "count the first downlink although the seed tells it")
     drop_nonfinite: bool = option(True, "run", "drop updates that hold NaN or Inf")
     per_device_eval_batch_size: int = option(64, "run", "examples a step when evaluating", minimum=1)
@@ -180,6 +183,10 @@ def _checked(owner: type, f: dataclasses.Field, value: Any) -> Any:
     meta = f.metadata
     if value is None:
         return None
+    if isinstance(value, str) and "words" in meta:
+        if value not in meta["words"]:
+            raise UsageError(f"{f.name} must be a whole number or auto, got {value!r}")
+        return value
     if "choices" in meta and value not in meta["choices"]:
         near = difflib.get_close_matches(str(value), meta["choices"], n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

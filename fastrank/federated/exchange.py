@@ -87,6 +87,10 @@ class Exchange:
             train_loss=result.train_loss,
         )
 
+    def skip(self, client: int, reason: str) -> None:
+        """Leave a client out of the round before anything is sent to it."""
+        self._drop(client, reason)
+
     def _drop(self, client: int, reason: str) -> None:
         self.dropped[client] = reason
         _log.warning("round %d: client %d dropped: %s", self.round + 1, client, reason)

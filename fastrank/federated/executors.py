@@ -6,14 +6,15 @@ it knows nothing of any method beyond the ``Method`` interface.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from fastrank.federated.exchange import Exchange
 from fastrank.federated.local import LocalOptions, train_client
-from fastrank.federated.methods.base import Update
+from fastrank.federated.methods.base import LocalPlan, LocalResult, Update
 
 if TYPE_CHECKING:
     from fastrank.data import Encoded
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 class ClientError(RuntimeError):
     """A client's local work failed; names the client and the round (counted from 1)."""
+
+    @classmethod
+    def of(cls, clients: Sequence[int], round: int, error: Exception) -> ClientError:
+        who = f"client {clients[0]}" if len(clients) == 1 else f"one of clients {list(clients)}"
+        return cls(f"{who} failed in round {round + 1}: {type(error).__name__}: {error}")
 
 
 class Sequential:
@@ -46,6 +52,15 @@ class Sequential:
         self.partition = partition
         self.options = options
 
+    clients_in_parallel = 1
+
+    def facts(self) -> dict[str, int]:
+        """What the executor has learnt and a resumed run has to know."""
+        return {}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Go on from another executor's ``facts``."""
+
     def run(
         self,
         exchange: Exchange,
@@ -57,29 +72,32 @@ class Sequential:
             try:
                 update = self._run_one(exchange, client)
             except Exception as error:
-                raise ClientError(
-                    f"client {client} failed in round {exchange.round + 1}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+                raise ClientError.of([client], exchange.round, error) from error
             on_client(client)
             if update is not None:
                 yield update
 
     def _run_one(self, exchange: Exchange, client: int) -> Update | None:
-        self.model.load(exchange.send(client))
+        if len(self.partition[client]) == 0:
+            return exchange.skip(client, "it has no examples")
+        values = exchange.send(client)
         plan = exchange.method.local(
             exchange.state, exchange.client_states.get(client), client, exchange.round
         )
-        result = train_client(
-            self.model,
-            plan,
-            self.examples,
-            self.partition[client],
-            client,
-            exchange.round,
-            self.options,
-        )
-        return exchange.receive(result)
+        return exchange.receive(self.train(client, values, plan, exchange.round))
 
-
-EXECUTORS = {"sequential": Sequential}
+    def train(
+        self, client: int, values: Mapping[str, Tensor], plan: LocalPlan, round: int
+    ) -> LocalResult:
+        """One client's local work, from the values it received."""
+        self.model.load(values)
+        with self.model.scaled(plan.scale):
+            return train_client(
+                self.model,
+                plan,
+                self.examples,
+                self.partition[client],
+                client,
+                round,
+                self.options,
+            )

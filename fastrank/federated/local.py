@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastrank.federated.cohort import derive_seed, make_batches
 from fastrank.federated.methods.base import LocalPlan, LocalResult
+from fastrank.layers.stacked import KeyedDropout
 
 if TYPE_CHECKING:
     from fastrank.data import Encoded
@@ -31,11 +32,30 @@ class LocalOptions:
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "constant"
+    warmup_ratio: float = 0.0
     base_dropout: bool = False
 
 
+def pace(options: LocalOptions, step: int, steps: int) -> float:
+    """What a client's learning rates are multiplied by in step ``step`` (from 0) of ``steps``.
+
+    Linear warm-up over ``warmup_ratio`` of the client's own steps, then constant, linear to zero or
+    half a cosine to zero, as Hugging Face's schedules of these names.
+    """
+    warm = math.ceil(options.warmup_ratio * steps)
+    if step < warm:
+        return step / warm
+    if options.lr_scheduler_type == "constant":
+        return 1.0
+    done = (step - warm) / max(1, steps - warm)
+    if options.lr_scheduler_type == "linear":
+        return 1.0 - done
+    return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of one client's batch, in fp32.
+    """Mean cross-entropy of one client's batch, in fp32 (fp64 for fp64 logits).
 
     Args:
         logits: `[B, C]` for classification, `[B, T, V]` for a causal language model.
@@ -43,7 +63,27 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.dim() == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return F.cross_entropy(logits.float(), labels, ignore_index=-100)
+    return F.cross_entropy(at_least_fp32(logits), labels, ignore_index=-100)
+
+
+def at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def client_batches(
+    examples: Encoded, indices: np.ndarray, client: int, round: int, options: LocalOptions
+) -> list[np.ndarray]:
+    """Positions in ``indices`` of each of a client's steps."""
+    return make_batches(
+        examples.lengths[indices],
+        options.batch_size,
+        seed=options.seed,
+        round=round,
+        client=client,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        group_by_length=options.group_by_length,
+    )
 
 
 def train_client(
@@ -67,23 +107,21 @@ def train_client(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = make_optimizer(parameters, plan, options)
-    batches = make_batches(
-        examples.lengths[indices],
-        options.batch_size,
-        seed=options.seed,
-        round=round,
-        client=client,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        group_by_length=options.group_by_length,
-    )
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    batches = client_batches(examples, indices, client, round, options)
     model.set_training(base_dropout=options.base_dropout)
+    # adapters drop by client, example, token and column, whoever else is in the batch
+    keyed = KeyedDropout(model.model, () if options.base_dropout else plan.trainable)
     total, seen = torch.zeros((), dtype=torch.float64, device=model.device), 0
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), keyed:
             for step, batch_indices in enumerate(batches):
-                torch.manual_seed(derive_seed("step", options.seed, round, client, step))
+                seed = derive_seed("step", options.seed, round, client, step)
+                torch.manual_seed(seed)
+                keyed.running.begin([len(batch_indices)], [seed])
+                for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                    group["lr"] = rate * pace(options, step, len(batches))
                 batch = model.collate(examples, indices[batch_indices])
                 loss = task_loss(model.logits(batch), batch["labels"])
                 loss.backward()
@@ -143,7 +181,7 @@ def evaluate(
         if logits.dim() == 3:
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         keep = labels != -100
-        logits, labels = logits[keep].float(), labels[keep]
+        logits, labels = at_least_fp32(logits[keep]), labels[keep]
         loss_sum += float(F.cross_entropy(logits, labels, reduction="sum"))
         right += int((logits.argmax(-1) == labels).sum())
         count += int(labels.numel())

@@ -8,7 +8,8 @@ parameters.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fastrank.errors import UsageError
 from fastrank.federated.cohort import derive_seed
 from fastrank.federated.quiet import quiet
+from fastrank.layers.fused import FusedLayer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,17 +172,40 @@ class ResidentModel:
         return {name: known[name] for name in names}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """fp32 copies on the CPU."""
-        return {
-            name: parameter.detach().to("cpu", torch.float32, copy=True)
-            for name, parameter in self.parameters(names).items()
-        }
+        """fp32 copies on the CPU (fp64 of fp64 parameters)."""
+        return {name: server_copy(parameter) for name, parameter in self.parameters(names).items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write values into the live parameters, cast to their dtype."""
+        """Write values into the live parameters, cast to their dtype.
+
+        Factors of another rank than the layer's present one change its rank.
+        """
         for name, parameter in self.parameters(tensors).items():
-            parameter.copy_(tensors[name])
+            value = tensors[name]
+            if value.shape != parameter.shape:
+                if ".lora_" not in name:
+                    raise UsageError(
+                        f"{name} is {list(parameter.shape)} in the model, but the value to load "
+                        f"is {list(value.shape)}; only LoRA factors may change their rank"
+                    )
+                parameter.data = parameter.new_empty(value.shape)
+            parameter.copy_(value)
+
+    @contextmanager
+    def scaled(self, scale: float | None) -> Iterator[None]:
+        """Adapter branches multiplied by this instead of their own scale in here; None: no change."""
+        layers = [m for m in self.model.modules() if isinstance(m, FusedLayer)]
+        before = [dict(layer.scaling) for layer in layers]
+        try:
+            if scale is not None:
+                for layer in layers:
+                    layer.scaling.update(dict.fromkeys(layer.scaling, scale))
+            yield
+        finally:
+            if scale is not None:
+                for layer, own in zip(layers, before, strict=True):
+                    layer.scaling.update(own)
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -204,6 +229,12 @@ class ResidentModel:
             for name, module in self.model.named_modules():
                 if name.endswith(".lora_dropout"):
                     module.train()
+
+
+def server_copy(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, in fp32 at least."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.detach().to("cpu", wide, copy=True).contiguous()
 
 
 def load_resident(

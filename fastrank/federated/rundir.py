@@ -69,6 +69,7 @@ def describe(simulation: Simulation) -> dict[str, Any]:
         "options": options,
         "resolved": {
             "executor": type(simulation.executor).__name__,
+            "clients_in_parallel": simulation.executor.clients_in_parallel,
             "device": simulation.device.type,
             "task": simulation.data.task,
             "labels": list(simulation.data.label_names),

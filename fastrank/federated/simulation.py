@@ -27,11 +27,11 @@ from fastrank.federated.checkpoint import Checkpoint, load_latest, save_checkpoi
 from fastrank.federated.cohort import sample_cohort
 from fastrank.federated.config import Config, resolve
 from fastrank.federated.exchange import Exchange
-from fastrank.federated.executors import EXECUTORS
 from fastrank.federated.ledger import Ledger, Meter
 from fastrank.federated.local import LocalOptions, evaluate
 from fastrank.federated.methods.base import Method, ServerState, Update
 from fastrank.federated.model import ResidentModel, load_resident
+from fastrank.federated.parallel import make_executor
 from fastrank.federated.partition import make_partition
 
 if TYPE_CHECKING:
@@ -125,11 +125,18 @@ class Simulation:
             optimizer=config.optimizer,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_ratio=config.warmup_ratio,
             base_dropout=config.base_dropout,
         )
-        # "auto" is a function of the configuration alone, so that runs repeat bit for bit
-        name = "sequential" if config.executor == "auto" else config.executor
-        self.executor = EXECUTORS[name](self.model, self.train, self.partition, options)
+        self.executor = make_executor(
+            config.executor,
+            config.clients_in_parallel,
+            self.model,
+            self.train,
+            self.partition,
+            options,
+        )
         return state
 
     def _load_data(self) -> TextData:
@@ -250,6 +257,8 @@ class Simulation:
         config, method = self.config, self.method
         state, clients = checkpoint.state, dict(checkpoint.client_states)
         ledger, meter = Ledger(checkpoint.rows), Meter(self.device)
+        facts = dict(checkpoint.facts)
+        self.executor.restore(facts)
         self._tell("on_start", self, checkpoint.rounds_done)
         for t in range(checkpoint.rounds_done, config.num_rounds):
             began = time.perf_counter()
@@ -285,7 +294,8 @@ class Simulation:
                 energy_j=meter.energy_j(),
                 **traffic,
             )
-            checkpoint = Checkpoint(t + 1, state, clients, ledger.rows, checkpoint.facts)
+            facts |= self.executor.facts()
+            checkpoint = Checkpoint(t + 1, state, clients, ledger.rows, facts)
             if last or (t + 1) % config.checkpoint_every == 0:
                 save_checkpoint(self.output_dir, checkpoint, config.keep_checkpoints)
                 ledger.write(self.output_dir / "rounds.csv")

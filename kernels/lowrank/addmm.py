@@ -16,13 +16,13 @@ Masks are already compacted (op.py). Three classes of operands, by what is right
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastrank.kernels.common import products
+from fastrank.kernels.common.scratch import BLOCK, row_blocks, scratch, widened
 from fastrank.kernels.lowrank.arguments import Aux, Branch
 from fastrank.kernels.lowrank.compaction import scatter, select
 from fastrank.kernels.lowrank.cpu_dropout import Dropout, Mask, mean_factor
-from fastrank.kernels.lowrank.scratch import BLOCK, row_blocks, scratch, widened
 
 # a result smaller than this, or than this many times its factors, is widened, added to and rounded:
 # splitting the factors costs more (measured, x86 with AMX)
@@ -35,8 +35,8 @@ _NOTHING = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, tor
 
 @functools.cache
 def bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices faster than fp32 ones (x86 AMX)."""
-    return torch.cpu._is_amx_tile_supported()
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones (x86 AMX or AVX512-BF16)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def compute_dtype(x: torch.dtype, adapters: torch.dtype, branch: Branch) -> torch.dtype:
@@ -76,7 +76,7 @@ def linear(
     aux: Aux,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Base and branch: y `[M, N]`, then what add_ returns."""
-    y = F.linear(x, weight, bias)
+    y = products.linear(x, weight, bias)
     return y, *add_(y, x, A, B, e, branch, aux)
 
 
@@ -112,7 +112,7 @@ def add_(
 def shrink(x: Tensor, A: Tensor) -> Tensor:
     """S = x Aᵀ `[M, R]`."""
     if x.dtype == A.dtype:
-        return _cast(torch.mm(x, A.t()), _wide(A.dtype))
+        return _cast(products.mm(x, A.t()), _wide(A.dtype))
     S = torch.empty(x.shape[0], A.shape[0], dtype=A.dtype)
     for block in row_blocks(*x.shape):
         torch.mm(widened(x[block], A.dtype), A.t(), out=S[block])
@@ -227,7 +227,11 @@ def backward(
         dB = torch.empty(B.shape[0], t, dtype=like[1].dtype)
         torch.mul(G.t(), branch.scale if c is None else c[:t] * branch.scale, out=dB)
     if need_dx:
-        dx = torch.zeros(dy.shape[0], A.shape[1], dtype=dx_dtype) if weight is None else dy @ weight
+        dx = (
+            torch.zeros(dy.shape[0], A.shape[1], dtype=dx_dtype)
+            if weight is None
+            else products.mm(dy, weight)
+        )
         # c goes with A, where it rounds once for bf16 products, as in PEFT
         Ac = A if c is None else A * c[:, None]
     if keep is not None:
@@ -268,7 +272,7 @@ def gram_dy(dy: Tensor, S: Tensor, scale: float) -> Tensor:
     if dy.numel() <= _TALL_ELEMENTS:
         return scaled_product(dy.t(), S, scale)
     G = torch.empty(dy.shape[1], S.shape[1], dtype=S.dtype)
-    return torch.mul(torch.mm(S.t(), dy).t(), scale, out=G)
+    return torch.mul(products.mm(S.t(), dy).t(), scale, out=G)
 
 
 def read_dy(
@@ -283,8 +287,8 @@ def read_dy(
     if dtype == torch.bfloat16:
         dy = _cast(dy, dtype)
     if dy.dtype == dtype:
-        U = None if B is None else torch.mm(dy, B)
-        return U, None if S is None else _cast(torch.mm(S.t(), dy), _wide(dtype))
+        U = None if B is None else products.mm(dy, B)
+        return U, None if S is None else _cast(products.mm(S.t(), dy), _wide(dtype))
     rows, columns = dy.shape
     U = None if B is None else torch.empty(rows, B.shape[1], dtype=dtype)
     G = None if S is None else torch.zeros(S.shape[1], columns, dtype=dtype)
@@ -300,7 +304,7 @@ def read_dy(
 def gram_x(U: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """H = Uᵀ x `[R, K]`, without the scale."""
     if x.dtype == dtype:
-        return _cast(torch.mm(U.t(), x), _wide(dtype))
+        return _cast(products.mm(U.t(), x), _wide(dtype))
     H = torch.zeros(U.shape[1], x.shape[1], dtype=dtype)
     for block in row_blocks(*x.shape):
         H.addmm_(U[block].t(), widened(x[block], dtype))

@@ -10,9 +10,9 @@ functions as shared_input.py, for layers that `fits` allows.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastrank.kernels.common import products
 from fastrank.kernels.lowrank import addmm
 from fastrank.kernels.lowrank.shared_layer import Layer
 
@@ -38,7 +38,7 @@ def linears(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tens
     Ss = list(S.split([layer.A.shape[0] for layer in layers], 1))
     ys = []
     for layer, part in zip(layers, Ss, strict=True):
-        y = F.linear(x, layer.weight, layer.bias)
+        y = products.linear(x, layer.weight, layer.bias)
         T = part if layer.e is None else part * layer.e
         addmm.add_product(y, T.to(dtype), layer.B.to(dtype).t(), layer.branch.scale)
         ys.append(y)
@@ -82,7 +82,7 @@ def backward(
             torch.mul(G.t(), factor if layer.e is None else layer.e * factor, out=dB)
         grads[i] = None, dB, de
         if need_dx:
-            dx = dys[i] @ layer.weight if dx is None else dx.addmm_(dys[i], layer.weight)
+            dx = products.add_mm_(dx, dys[i], layer.weight)
     if dx is not None:
         rows = [_scaled_A(layers[i]) for i in used]
         addmm.add_product(dx, torch.cat([Us[i] for i in used], 1), torch.cat(rows).to(dtype), 1.0)

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastrank.kernels.common import products
 from fastrank.kernels.lowrank import addmm
 from fastrank.kernels.lowrank.arguments import NO_AUX, Aux, Branch, resolve_masks
 
@@ -83,7 +83,7 @@ def forward(
     """
     with no_autocast(x):
         if x.shape[0] == 0 or branch.kept == 0:
-            return F.linear(x, weight, bias) if y is None else y, None, None
+            return products.linear(x, weight, bias) if y is None else y, None, None
         path = _implementation(branch.backend)
         if y is None:
             return path.linear(x, weight, bias, A, B, e, branch, aux)
@@ -120,12 +120,12 @@ def backward(
     grads: list[Tensor | None] = [None] * 6
     with no_autocast(dy):
         if need_weight:
-            grads[1] = dy.t() @ x
+            grads[1] = products.mm(dy.t(), x)
         if need_bias:
             grads[2] = dy.sum(0)
         if dy.shape[0] == 0 or branch.kept == 0:
             if need_x and weight is not None:
-                grads[0] = dy @ weight
+                grads[0] = products.mm(dy, weight)
             elif need_x:
                 grads[0] = torch.zeros(dy.shape[0], A.shape[1], dtype=dx_dtype, device=dy.device)
             for place, needed, tensor in ((3, need_A, A), (4, need_B, B), (5, need_e, e)):

@@ -6,13 +6,15 @@ an element and applied to the bits of x, cost about a quarter of that (measured 
 The probability is rounded to a multiple of 2**-15.
 """
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastrank.kernels.common import dropout_keep
+from fastrank.kernels.common.scratch import scratch, widened
 from fastrank.kernels.lowrank.arguments import Aux
-from fastrank.kernels.lowrank.scratch import scratch, widened
 
 _STEPS = 1 << 15
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,6 +55,34 @@ class Dropout:
         lanes = _kept_lanes(lanes, self._p).view(keep.shape)
         keep.copy_(lanes)
         return Mask(lanes)
+
+
+def keyed_keep(seed: int, row_ids: Tensor | None, p: float, out: Tensor) -> None:
+    """Fill out, int8 `[M, columns]`, with -1 (kept) and 0: a row depends on seed and id alone.
+
+    Row i is a piece of a PCG64 stream that starts at word row_ids[i] * ceil(columns / 4), so
+    consecutive ids cost one draw, and every gap one jump. A different draw from Philox's, at a
+    fiftieth of its price in plain torch.
+
+    Args:
+        row_ids: int64 `[M]`; None for 0, 1, 2, ...
+    """
+    rows, columns = out.shape
+    words = -(-columns // 4)
+    stream = np.random.PCG64(seed & (2**64 - 1))
+    if row_ids is None:
+        drawn = stream.random_raw(rows * words)
+    else:
+        ids = row_ids.numpy()
+        cuts = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), rows]
+        drawn, position = np.empty((rows, words), np.uint64), 0
+        for start, stop in itertools.pairwise(cuts):
+            first = int(ids[start]) * words
+            stream.advance((first - position) % 2**128)
+            drawn[start:stop] = stream.random_raw((stop - start) * words).reshape(-1, words)
+            position = first + (stop - start) * words
+    lanes = torch.from_numpy(drawn.view(np.int16)).view(rows, words * 4)[:, :columns]
+    out.copy_(_kept_lanes(lanes, p))
 
 
 def mean_factor(p: float, philox: bool = False) -> float:

@@ -8,11 +8,11 @@ as the base layer.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fastrank.kernels.common import products
 from fastrank.kernels.common.backend import Setting
 from fastrank.kernels.lowrank.addmm import add_product, gram_dy, scaled_product
 from fastrank.kernels.lowrank.cpu_dropout import draw_bits, mean_factor
@@ -121,7 +121,7 @@ def _forward(
     xh `[M, K]` is in the branch's dtype; S = xh Aᵀ and T = S ⊙ e are `[M, R]`.
     """
     xh = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = F.linear(xh, weight, bias)
+    y = products.linear(xh, weight, bias)
     keep = None
     if xh.dtype is not A.dtype:
         xh = xh.to(A.dtype)
@@ -129,7 +129,7 @@ def _forward(
         keep = draw_bits(dropout_p, xh)
         xh = (xh.view(keep.dtype) & keep).view(A.dtype)
         scale *= mean_factor(dropout_p)
-    S = torch.mm(xh, A.t())
+    S = products.mm(xh, A.t())
     T = S if e is None else S * e
     if y.dtype is A.dtype:
         y.addmm_(T, B.t(), alpha=scale)
@@ -187,9 +187,9 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = dy.contiguous()  # what .sum() sends back; vendor products would copy it each time
     dy_wide = dy if dy.dtype is wide else dy.to(wide)
     if need_x or need_A or (need_e and not need_B):
-        U = torch.mm(dy_wide, B)
+        U = products.mm(dy_wide, B)
     if need_x:
-        dx = torch.mm(dy, weight)
+        dx = products.mm(dy, weight)
         _add_branch(dx, U, A if e is None else A * e[:, None], keep, scale)
         dx = dx if len(x_shape) == 2 else dx.view(x_shape)
     if need_A:
@@ -211,7 +211,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _add_branch(dx: Tensor, U: Tensor, A: Tensor, keep: Tensor | None, scale: float) -> None:
     """dx += scale keep∘(U A) in place."""
     if keep is not None:
-        share = torch.mm(U, A)
+        share = products.mm(U, A)
         share.view(keep.dtype).bitwise_and_(keep)
         dx.add_(share, alpha=scale)
     elif dx.dtype is A.dtype:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fastrank.kernels.lowrank import lowrank_add, lowrank_linear, reference
-from fastrank.kernels.lowrank.scratch import BLOCK
+from fastrank.kernels.common.scratch import BLOCK
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

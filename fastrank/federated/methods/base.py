@@ -46,11 +46,13 @@ class LocalPlan:
 
     ``trainable`` names parameters; those outside it are frozen. ``start`` overrides received values
     (what a client keeps for itself). ``learning_rates`` maps a parameter name to its rate.
+    ``scale`` is what this client's adapter branches are multiplied by; None leaves the model's own.
     """
 
     trainable: tuple[str, ...]
     learning_rates: Mapping[str, float]
     start: Mapping[str, Tensor] = field(default_factory=dict)
+    scale: float | None = None
 
 
 @dataclass(frozen=True)

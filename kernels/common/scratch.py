@@ -17,7 +17,7 @@ _MINIMUM_ROWS = 32
 
 class _Memory(threading.local):
     def __init__(self) -> None:
-        self.slots: dict[int, Tensor] = {}
+        self.slots: dict[int | str, Tensor] = {}
 
 
 _memory = _Memory()
@@ -29,7 +29,7 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def scratch(like: Tensor, dtype: torch.dtype, slot: int) -> Tensor:
+def scratch(like: Tensor, dtype: torch.dtype, slot: int | str) -> Tensor:
     """Contiguous memory of like's shape, valid until this thread asks for the same slot again."""
     size = like.numel() * dtype.itemsize
     held = _memory.slots.get(slot)

@@ -1,0 +1,149 @@
+"""Local training of several clients in one pass: what local.train_client does, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrank.federated.cohort import derive_seed
+from fastrank.federated.local import LocalOptions, at_least_fp32, pace
+from fastrank.federated.methods.base import LocalPlan, LocalResult
+from fastrank.federated.model import server_copy
+from fastrank.federated.passes import buckets
+from fastrank.federated.stacked_optimizer import StackedOptimizer
+from fastrank.layers.stacked import Stack
+
+if TYPE_CHECKING:
+    from fastrank.data import Encoded
+    from fastrank.federated.model import ResidentModel
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's turn: what it starts from, what it trains, and its steps.
+
+    ``batches`` are positions in the whole training set, an array for each step.
+    """
+
+    client: int
+    plan: LocalPlan
+    values: dict[str, Tensor]
+    batches: list[np.ndarray]
+    num_examples: int
+
+
+def train_together(
+    model: ResidentModel,
+    jobs: Sequence[Job],
+    examples: Encoded,
+    round: int,
+    options: LocalOptions,
+    overhead: float,
+) -> list[LocalResult]:
+    """Train clients of equal ``trainable`` names side by side; results in the order of the jobs.
+
+    Args:
+        overhead: what a pass costs besides its tokens, in tokens (`PassCost`).
+    """
+    # those with the most steps first: whoever is left in training is a prefix of the stack
+    order = sorted(range(len(jobs)), key=lambda i: (-len(jobs[i].batches), i))
+    ordered = [jobs[i] for i in order]
+    plan = ordered[0].plan
+    model.set_training(base_dropout=False)
+    try:
+        stack = Stack(
+            model.model,
+            plan.trainable,
+            [{**job.values, **job.plan.start} for job in ordered],
+            [job.plan.scale for job in ordered],
+        )
+        rates = [plan.learning_rates[tensor.name] for tensor in stack.trained]
+        optimizer = StackedOptimizer(stack.trained, rates, options.optimizer, options.weight_decay)
+        totals = torch.zeros(len(jobs), dtype=torch.float64, device=model.device)
+        with stack:
+            for step in range(len(ordered[0].batches)):
+                training = [job for job in ordered if step < len(job.batches)]
+                stack.narrow(len(training))
+                losses = _accumulate(
+                    model, stack, training, examples, round, step, options, overhead
+                )
+                sizes = [len(job.batches[step]) for job in training]
+                totals[: len(training)] += losses * torch.tensor(sizes, device=model.device)
+                optimizer.clip(len(training), options.max_grad_norm)
+                paces = [pace(options, step, len(job.batches)) for job in training]
+                optimizer.step(len(training), paces)
+    finally:
+        model.model.eval()
+    results: dict[int, LocalResult] = {}
+    for place, (i, job, total) in enumerate(zip(order, ordered, totals.tolist(), strict=True)):
+        seen = sum(len(batch) for batch in job.batches)
+        results[i] = LocalResult(
+            client=job.client,
+            round=round,
+            tensors={name: server_copy(stack.read(name, place)) for name in plan.trainable},
+            num_examples=job.num_examples,
+            num_steps=len(job.batches),
+            train_loss=total / max(seen, 1),
+        )
+    return [results[i] for i in range(len(jobs))]
+
+
+def _accumulate(
+    model: ResidentModel,
+    stack: Stack,
+    jobs: Sequence[Job],
+    examples: Encoded,
+    round: int,
+    step: int,
+    options: LocalOptions,
+    overhead: float,
+) -> Tensor:
+    """One step's gradients of every client, and their mean losses, float64 `[clients]`.
+
+    Sequences of like length share a pass: a client whose batch is short does not pay for the
+    longest.
+    """
+    batches = [job.batches[step] for job in jobs]
+    lengths = [int(examples.lengths[batch].max()) for batch in batches]
+    seeds = [derive_seed("step", options.seed, round, job.client, step) for job in jobs]
+    losses = torch.zeros(len(jobs), dtype=torch.float64, device=model.device)
+    for members in buckets(lengths, [len(batch) for batch in batches], overhead):
+        sizes = [0] * len(jobs)
+        for i in members:
+            sizes[i] = len(batches[i])
+        stack.running.begin(sizes, seeds)
+        batch = model.collate(examples, np.concatenate([batches[i] for i in members]))
+        own_sizes = [sizes[i] for i in members]
+        loss, each = stacked_loss(model.logits(batch), batch["labels"], own_sizes)
+        loss.backward()
+        losses[members] = each
+    return losses
+
+
+def stacked_loss(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The sum over clients of each one's mean cross-entropy, and the means, float64 `[clients]`.
+
+    Args:
+        logits: `[sum(sizes), C]` for classification, `[sum(sizes), T, V]` for a causal language
+            model.
+        labels: `[sum(sizes)]`, or `[sum(sizes), T]` aligned with the input (-100: not a target).
+        sizes: examples of each client.
+    """
+    each = 1
+    if logits.dim() == 3:
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:]
+        each = labels.shape[1]
+        labels = labels.flatten()
+    rows = [size * each for size in sizes]
+    counts = torch.stack([(part != -100).sum() for part in labels.split(rows)])
+    terms = F.cross_entropy(at_least_fp32(logits), labels, reduction="none", ignore_index=-100)
+    weights = counts.to(terms.dtype).reciprocal()
+    terms = terms * weights.repeat_interleave(torch.tensor(rows, device=weights.device))
+    means = torch.stack([part.sum() for part in terms.detach().double().split(rows)])
+    return terms.sum(), means

@@ -1,0 +1,149 @@
+"""Matrix products of a CPU, by whichever of the two libraries inside PyTorch is faster there.
+
+torch.mm and F.linear in fp32 are MKL's, and MKL gives CPUs that aren't Intel's its AVX2 code even
+where they have AVX-512. oneDNN, which PyTorch uses for 16-bit products, gives them AVX-512: twice
+the speed and more on an AMD Zen 5 (bench/results/README.md).
+
+oneDNN adds up the whole of K in one chain, which for K of 2048 doubles the rounding error (5.7e-7
+relative, MKL's 2.5e-7). In chunks of 256, added up, it is 2.9e-7 and still 1.7 times as fast. A
+call costs 10 us more than torch.mm, and about 1.5 ms once for every new shape, so small products
+stay with MKL.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrank.kernels.common.scratch import scratch
+
+# rows and multiply-adds of a chunk from which a product is worth the dearer calls, those from which
+# it is also worth copying the chunks of a weight [N, K], and the N from which it is worth copying
+# those of x (measured, AMD Zen 5)
+_LEAST_ROWS, _LEAST, _LEAST_COPIED, _LEAST_WIDTH = 96, 1 << 23, 1 << 24, 96
+# longest chain of additions; rows of a block, whose partial sums stay in the cache; elements of
+# weight that are copied at a time
+_CHAIN, _ROWS, _COPIED = 256, 512, 1 << 22
+
+
+@functools.cache
+def _vendor() -> str:
+    """Who made the CPU, as Linux names it ("GenuineIntel"); empty where it doesn't say."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", facts, re.MULTILINE)
+    return found[1] if found else ""
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether large fp32 products go to oneDNN: an AVX-512 CPU that MKL has only AVX2 code for."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _vendor() not in ("", "GenuineIntel")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weightᵀ + bias for x `[M, K]` and weight `[N, K]`; not differentiable.
+
+    Operands of other dtypes, sizes and strides than oneDNN is good at go to F.linear.
+    """
+    if _suits(x, weight) and (bias is None or bias.dtype is torch.float32):
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def mm(P: Tensor, Q: Tensor) -> Tensor:
+    """P Q for `[M, K]` and `[K, N]`; not differentiable."""
+    turned = Q.t()
+    return _onednn(P, turned, None) if _suits(P, turned) else torch.mm(P, Q)
+
+
+def add_mm_(out: Tensor | None, P: Tensor, Q: Tensor) -> Tensor:
+    """out + P Q in place, or P Q where there is no out yet; not differentiable."""
+    if out is None:
+        return mm(P, Q)
+    return out.add_(mm(P, Q)) if _suits(P, Q.t()) else out.addmm_(P, Q)
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype is torch.float32
+        and x.shape[0] >= _LEAST_ROWS
+        and prefers_onednn()
+        and x.is_cpu
+        and weight.dtype is torch.float32
+        and x.shape[1] == weight.shape[1]
+        and _is_worth_it(x, weight)
+    )
+
+
+def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
+    (M, K), N = x.shape, weight.shape[0]
+    whole = len(_chunks(K)) == 1
+    work = M * N * min(K, _CHAIN)
+    if work < _LEAST or not (whole or N >= _LEAST_WIDTH):
+        return False
+    # any other layout takes oneDNN a thousand times as long
+    if weight.t().is_contiguous():
+        return True
+    return weight.is_contiguous() and (whole or work >= _LEAST_COPIED)
+
+
+@functools.cache
+def _chunks(K: int) -> list[slice]:
+    """Even parts of at most `_CHAIN` columns, shorter where MKL's error is that of shorter ones."""
+    parts = -(-K // (_CHAIN if K >= 3 * _CHAIN else _CHAIN * 3 // 4))
+    step = -(-K // (parts * 16)) * 16
+    return [slice(k, min(k + step, K)) for k in range(0, K, step)]
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = torch.ops.mkldnn._linear_pointwise.default
+    (M, K), N = x.shape, weight.shape[0]
+    chunks = _chunks(K)
+    if len(chunks) == 1:
+        return product(x, weight, bias, "none", [], "")
+    step = max(1, _COPIED // K) if weight.is_contiguous() else N
+    if M <= _ROWS and step >= N:
+        return _summed(x, chunks, _parts(weight, chunks), bias)
+    y = torch.empty(M, N)
+    for n in range(0, N, step):
+        columns = slice(n, n + step)
+        parts = _parts(weight[columns], chunks)
+        bias_part = None if bias is None else bias[columns]
+        for m in range(0, M, _ROWS):
+            rows = slice(m, m + _ROWS)
+            y[rows, columns] = _summed(x[rows], chunks, parts, bias_part)
+    return y
+
+
+def _parts(weight: Tensor, chunks: list[slice]) -> list[Tensor]:
+    """The chunks of weight `[N, K]`, each contiguous or the transpose of what is."""
+    if not weight.is_contiguous():
+        return [weight[:, chunk] for chunk in chunks]
+    memory = scratch(weight, weight.dtype, slot="products").flatten()
+    parts, place = [], 0
+    for chunk in chunks:
+        size = weight.shape[0] * (chunk.stop - chunk.start)
+        part = memory[place : place + size].view(weight.shape[0], -1)
+        parts.append(part.copy_(weight[:, chunk]))
+        place += size
+    return parts
+
+
+def _summed(x: Tensor, chunks: list[slice], parts: list[Tensor], bias: Tensor | None) -> Tensor:
+    product = torch.ops.mkldnn._linear_pointwise.default
+    y = product(x[:, chunks[0]], parts[0], bias, "none", [], "")
+    for chunk, part in zip(chunks[1:], parts[1:], strict=True):
+        y.add_(product(x[:, chunk], part, None, "none", [], ""))
+    return y

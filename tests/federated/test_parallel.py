@@ -1,0 +1,323 @@
+"""Clients side by side equal clients one after another: the update of every tensor."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastrank.data import Encoded
+from fastrank.federated.executors import ClientError, Sequential
+from fastrank.federated.local import LocalOptions
+from fastrank.federated.methods.base import LocalPlan
+from fastrank.federated.model import ResidentModel
+from fastrank.federated.parallel import ClientParallel
+
+F32, F64 = torch.float32, torch.float64
+SIZES = (9, 4, 13, 6, 2)  # examples of each client: unequal steps and last batches
+
+
+def make_model(kind="bert", dtype=F64, seed=0, **lora) -> ResidentModel:
+    import transformers as t
+
+    shared = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_labels": 3}
+    shared |= {"num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 40}
+    torch.manual_seed(seed)
+    if kind == "llama":
+        config = t.LlamaConfig(**shared, pad_token_id=0, num_key_value_heads=1)
+        model, task, head = t.LlamaForCausalLM(config), "causal-lm", ()
+    elif kind == "roberta":  # a head of two layers
+        config = t.RobertaConfig(**shared, pad_token_id=1)
+        model, task, head = t.RobertaForSequenceClassification(config), "seq-cls", ("classifier",)
+    else:
+        config = t.BertConfig(**shared)
+        model, task, head = t.BertForSequenceClassification(config), "seq-cls", ("classifier",)
+    tokenizer = SimpleNamespace(pad_token_id=1 if kind == "roberta" else 0)
+    resident = ResidentModel(model.to(dtype), tokenizer, task, head, torch.device("cpu"))
+    resident.add_lora(**({"r": 4, "lora_alpha": 8.0} | lora))
+    return resident
+
+
+def make_examples(task="seq-cls", count=sum(SIZES), seed=0, longest=14) -> Encoded:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, longest, size=count)
+    ids = [rng.integers(2, 50, size=n).astype(np.int32) for n in lengths]
+    if task == "seq-cls":
+        labels = rng.integers(0, 3, size=count)
+    else:
+        labels = [np.where(np.arange(len(i)) < 2, -100, i).astype(np.int64) for i in ids]
+    return Encoded(ids, labels, lengths.astype(np.int64), np.arange(count))
+
+
+def partition(sizes=SIZES) -> list[np.ndarray]:
+    return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+
+
+class Exchange:
+    """A method of equal clients without a wire: results keep their dtype."""
+
+    def __init__(self, start, plans, shares=True):
+        self.start, self.plans = start, plans
+        self.round, self.state, self.client_states = 2, None, {}
+        self.method = SimpleNamespace(
+            name="test", shares_base=lambda t: shares, local=lambda s, c, client, t: plans(client)
+        )
+        self.skipped, self.results = {}, {}
+
+    def send(self, client):
+        return self.start(client)
+
+    def receive(self, result):
+        self.results[result.client] = result
+        return result
+
+    def skip(self, client, reason):
+        self.skipped[client] = reason
+
+
+def lora_exchange(model, *, ranks=None, scales=None, names=None, pace=1.0) -> Exchange:
+    """Clients that start from the model's adapters, cut to ranks of their own."""
+    names = tuple(names or [*model.lora_names(), *model.head_names()])
+    generator = torch.Generator().manual_seed(3)
+    factors = model.read(n for n in model.lora_names() if ".lora_B." in n)
+    for name, value in factors.items():  # of zero, A would have no gradient
+        drawn = torch.randn(value.shape, generator=generator, dtype=F64)
+        factors[name] = (0.1 * drawn).to(value.dtype)
+    model.load(factors)
+    values = model.read(names)
+    rates = {name: pace * (1e-2 if "lora" in name else 2e-2) for name in names}
+
+    def start(client):
+        if ranks is None:
+            return values
+        r = ranks[client]
+        cut = {n: v[:r] for n, v in values.items() if ".lora_A." in n}
+        cut |= {n: v[:, :r] for n, v in values.items() if ".lora_B." in n}
+        return values | cut
+
+    def plan(client):
+        return LocalPlan(names, rates, scale=None if scales is None else scales[client])
+
+    return Exchange(start, plan)
+
+
+def compare(model, exchange, options, tolerance, sizes=SIZES, together=3, examples=None, **asked):
+    """Both executors over all clients; the relative difference of each tensor's update."""
+    examples = make_examples(model.task, sum(sizes)) if examples is None else examples
+    parts, cohort = partition(sizes), list(range(len(sizes)))
+    list(Sequential(model, examples, parts, options).run(exchange, cohort))
+    alone, exchange.results = exchange.results, {}
+    executor = ClientParallel(model, examples, parts, options, together)
+    executor.sequential.run = None  # falling back would compare it with itself
+    executor.sequential.train = None
+    done = [update.client for update in executor.run(exchange, cohort)]
+    assert done == [c for c in cohort if sizes[c]]
+    worst = (0.0, "", -1)
+    for client, result in alone.items():
+        ours = exchange.results[client]
+        assert ours.num_steps == result.num_steps
+        assert ours.train_loss == pytest.approx(result.train_loss, rel=1e-5)
+        start = exchange.start(client)
+        for name, value in result.tensors.items():
+            moved = value - start[name]
+            if not moved.norm() > 0:
+                continue
+            off = float((ours.tensors[name] - value).norm() / moved.norm())
+            worst = max(worst, (off, name, client))
+    assert 0 < worst[0] <= tolerance, worst
+    return exchange.results
+
+
+OPTIONS = LocalOptions(seed=1, batch_size=4, epochs=2, max_grad_norm=0.5, weight_decay=0.01)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
+def test_equal_in_float64(kind):
+    model = make_model(kind)
+    compare(model, lora_exchange(model), OPTIONS, 1e-12)
+
+
+def test_equal_with_unequal_ranks_and_scales():
+    model = make_model()
+    ranks, scales = (4, 1, 3, 3, 2), (2.0, 8.0, None, 2.5, 4.0)
+    results = compare(model, lora_exchange(model, ranks=ranks, scales=scales), OPTIONS, 1e-12)
+    name = model.lora_names()[0]
+    assert [results[c].tensors[name].shape[0] for c in range(5)] == list(ranks)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "pace", "tolerance"),
+    # SGD's steps are small, and next to the rounding of the values they would be nothing
+    [("sgd", 50.0, 1e-5), ("adamw", 1.0, 1e-4)],
+    ids=["sgd", "adamw"],
+)
+def test_equal_in_float32(optimizer, pace, tolerance):
+    model = make_model(dtype=F32)
+    options = LocalOptions(
+        seed=1, batch_size=4, epochs=2, max_grad_norm=0.5, weight_decay=0.01, optimizer=optimizer
+    )
+    compare(model, lora_exchange(model, pace=pace), options, tolerance)
+
+
+def test_equal_with_dropout():
+    """Draws belong to client, example, token and column, so padding and company change nothing."""
+    model = make_model(lora_dropout=0.3)
+    dropped = compare(model, lora_exchange(model), OPTIONS, 1e-12)
+    plain = make_model()
+    kept = compare(plain, lora_exchange(plain), OPTIONS, 1e-12)
+    name = model.lora_names()[0]
+    assert not torch.allclose(dropped[0].tensors[name], kept[0].tensors[name], rtol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_each_client_follows_its_own_schedule(schedule):
+    model = make_model()
+    options = LocalOptions(
+        seed=1, batch_size=4, epochs=2, lr_scheduler_type=schedule, warmup_ratio=0.3
+    )
+    compare(model, lora_exchange(model), options, 1e-12)
+
+
+@pytest.mark.parametrize("trained", ["A", "B", "head", "norms and biases"])
+def test_equal_for_whatever_is_trained(trained):
+    model = make_model()
+    every = [name for name, _ in model.model.named_parameters()]
+    names = {
+        "A": [n for n in model.lora_names() if ".lora_A." in n],
+        "B": [n for n in model.lora_names() if ".lora_B." in n],
+        "head": model.head_names(),
+        "norms and biases": [n for n in every if "LayerNorm" in n and "encoder" in n],
+    }[trained]
+    compare(model, lora_exchange(model, names=names), OPTIONS, 1e-12)
+
+
+def test_results_do_not_depend_on_who_shares_the_pass():
+    model = make_model(dtype=F32)
+    examples, parts = make_examples(), partition()
+    exchange = lora_exchange(model)
+    list(ClientParallel(model, examples, parts, OPTIONS, 5).run(exchange, [0, 1, 2, 3, 4]))
+    all_five = exchange.results[2]
+    exchange.results = {}
+    list(ClientParallel(model, examples, parts, OPTIONS, 5).run(exchange, [2, 4]))
+    for name, value in all_five.tensors.items():
+        torch.testing.assert_close(exchange.results[2].tensors[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_client_gone_wrong_harms_no_other():
+    model = make_model(dtype=F32)
+    examples, parts, clients = make_examples(), partition(), list(range(5))
+    clean, hurt = lora_exchange(model), lora_exchange(model)
+    start = hurt.start
+
+    def poisoned(client):
+        values = start(client)
+        name = next(n for n in values if ".lora_A." in n)
+        return values | {name: values[name] * float("nan")} if client == 3 else values
+
+    hurt.start = poisoned
+    for exchange in (clean, hurt):
+        list(ClientParallel(model, examples, parts, OPTIONS, 5).run(exchange, clients))
+    for client in clients:
+        for name, value in clean.results[client].tensors.items():
+            same = torch.equal(value, hurt.results[client].tensors[name])
+            assert same or client == 3, (client, name)
+    assert np.isnan(hurt.results[3].train_loss)
+
+
+def test_the_model_is_left_as_it_was():
+    model = make_model()
+    before = {n: p.clone() for n, p in model.model.named_parameters()}
+    exchange = lora_exchange(model)
+    list(ClientParallel(model, make_examples(), partition(), OPTIONS, 5).run(exchange, [0, 1]))
+    assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
+    assert not any("forward" in vars(m) for m in model.model.modules())
+    assert not any(p.requires_grad for p in model.model.parameters())
+    assert not model.model.training
+
+
+def test_a_client_without_examples_sits_out():
+    model = make_model()
+    sizes = (5, 0, 4)
+    exchange = lora_exchange(model)
+    compare(model, exchange, OPTIONS, 1e-12, sizes=sizes)
+    assert exchange.skipped == {1: "it has no examples"}
+
+
+def test_what_cannot_be_shared_runs_alone_and_says_so_once(caplog):
+    model = make_model()
+    embeddings = [n for n, _ in model.model.named_parameters() if "word_embeddings" in n]
+    exchange = lora_exchange(model, names=[*model.lora_names(), *embeddings])
+    executor = ClientParallel(model, make_examples(), partition(), OPTIONS, 2)
+    with caplog.at_level(logging.WARNING, "fastrank"):
+        list(executor.run(exchange, [0, 1, 2]))
+        list(executor.run(exchange, [3]))
+    assert sorted(exchange.results) == [0, 1, 2, 3]
+    (record,) = caplog.records
+    assert "one after another" in record.message
+    assert "Embedding" in record.message
+    changing = lora_exchange(model)
+    changing.method.shares_base = lambda round: False
+    caplog.clear()
+    list(executor.run(changing, [0, 1]))
+    assert "changes the base" in caplog.text
+
+
+def test_a_model_that_mixes_its_examples_is_found_out(caplog):
+    model = make_model()
+    inner = model.model.base_model.model.bert.encoder
+
+    def mixing(module, args, output):
+        output.last_hidden_state += output.last_hidden_state.mean(0, keepdim=True)
+        return output
+
+    handle = inner.register_forward_hook(mixing)
+    exchange = lora_exchange(model)
+    executor = ClientParallel(model, make_examples(), partition(), OPTIONS, 3)
+    with caplog.at_level(logging.WARNING, "fastrank"):
+        list(executor.run(exchange, [0, 1]))
+    handle.remove()
+    assert "mixes the examples" in caplog.text
+    assert sorted(exchange.results) == [0, 1]
+
+
+def test_out_of_memory_halves_the_pass(caplog, monkeypatch):
+    from fastrank.federated import parallel
+
+    model = make_model(dtype=F32)
+    calls = []
+
+    def short_of_memory(model, jobs, *rest):
+        calls.append(len(jobs))
+        if len(jobs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, jobs, *rest)
+
+    real = parallel.train_together
+    monkeypatch.setattr(parallel, "train_together", short_of_memory)
+    executor = ClientParallel(model, make_examples(), partition(), OPTIONS, 5)
+    exchange = lora_exchange(model)
+    with caplog.at_level(logging.WARNING, "fastrank"):
+        done = [update.client for update in executor.run(exchange, [0, 1, 2, 3, 4])]
+    assert done == [0, 1, 2, 3, 4]
+    assert calls == [5, 3, 2, 2, 1]
+    assert "3 clients a pass now" in caplog.text
+    assert executor.facts() == {"clients_in_parallel": 2}
+    other = ClientParallel(model, make_examples(), partition(), OPTIONS, 5)
+    other.restore(executor.facts())
+    assert other.clients_in_parallel == 2
+
+
+def test_an_error_names_its_client():
+    model = make_model()
+    exchange = lora_exchange(model)
+
+    def fails(client):
+        if client == 2:
+            raise RuntimeError("disk on fire")
+        return LocalPlan((), {})
+
+    exchange.method.local = lambda state, own, client, round: fails(client)
+    executor = ClientParallel(model, make_examples(), partition(), OPTIONS, 5)
+    with pytest.raises(ClientError, match="client 2 failed in round 3: RuntimeError: disk on fire"):
+        list(executor.run(exchange, [0, 1, 2]))
