@@ -194,7 +194,7 @@ class ResidentModel:
 
     @contextmanager
     def scaled(self, scale: float | None) -> Iterator[None]:
-        """Adapter branches multiplied by this instead of their own scale in here; None: no change."""
+        """Adapter branches multiplied by this, not by their own scale, in here; None: no change."""
         layers = [m for m in self.model.modules() if isinstance(m, FusedLayer)]
         before = [dict(layer.scaling) for layer in layers]
         try:

@@ -29,9 +29,9 @@ _log = logging.getLogger("fastrank")
 class ClientParallel:
     """Trains clients of a round together wherever their base is shared.
 
-    A client's result depends on the clients beside it by rounding alone: batches, dropout, clipping,
-    steps and rates are its own. Rounds, models or plans that can't be shared go to `Sequential`,
-    and the reason is logged once.
+    A client's result depends on the clients beside it by rounding alone: batches, dropout,
+    clipping, steps and rates are its own. Rounds, models or plans that can't be shared go to
+    `Sequential`, and the reason is logged once.
 
     Args:
         model, examples, partition, options: as for `Sequential`.

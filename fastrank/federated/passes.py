@@ -79,6 +79,8 @@ def buckets(lengths: Sequence[int], sizes: Sequence[int], overhead: float) -> li
     Returns:
         Lists of positions, ascending in each, that hold each position once.
     """
+    if len(set(lengths)) == 1:
+        return [list(range(len(lengths)))]
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     # best[j]: cheapest division of the j shortest, and where its last bucket starts
     best: list[tuple[float, int]] = [(0.0, 0)]

@@ -111,7 +111,9 @@ def _accumulate(
     """
     batches = [job.batches[step] for job in jobs]
     lengths = [int(examples.lengths[batch].max()) for batch in batches]
-    seeds = [derive_seed("step", options.seed, round, job.client, step) for job in jobs]
+    seeds = None
+    if stack.drops:
+        seeds = [derive_seed("step", options.seed, round, job.client, step) for job in jobs]
     losses = torch.zeros(len(jobs), dtype=torch.float64, device=model.device)
     for members in buckets(lengths, [len(batch) for batch in batches], overhead):
         sizes = [0] * len(jobs)
@@ -141,9 +143,15 @@ def stacked_loss(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> tuple[
         each = labels.shape[1]
         labels = labels.flatten()
     rows = [size * each for size in sizes]
-    counts = torch.stack([(part != -100).sum() for part in labels.split(rows)])
+    counts = _sums(labels != -100, rows)
     terms = F.cross_entropy(at_least_fp32(logits), labels, reduction="none", ignore_index=-100)
     weights = counts.to(terms.dtype).reciprocal()
     terms = terms * weights.repeat_interleave(torch.tensor(rows, device=weights.device))
-    means = torch.stack([part.sum() for part in terms.detach().double().split(rows)])
-    return terms.sum(), means
+    return terms.sum(), _sums(terms.detach().double(), rows)
+
+
+def _sums(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Sums over each client's rows."""
+    if len(set(rows)) == 1:
+        return values.view(len(rows), -1).sum(1)
+    return torch.stack([part.sum() for part in values.split(rows)])

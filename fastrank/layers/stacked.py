@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrank.kernels.common.products import pack
 from fastrank.kernels.lowrank import grouped_lowrank_linear
 from fastrank.layers.fused import FusedLayer, Operands, diagonal
 
@@ -32,13 +33,14 @@ class Pass:
     def __init__(self) -> None:
         self.sizes: tuple[int, ...] = ()
         self.seeds: tuple[int, ...] | None = None
+        self._rows: dict[int, tuple[int, ...]] = {}
         self._ids: dict[int, Tensor] = {}
 
     def begin(self, sizes: Sequence[int], seeds: Sequence[int] | None = None) -> None:
         """Say what the next forward holds."""
         self.sizes = tuple(sizes)
         self.seeds = None if seeds is None else tuple(seeds)
-        self._ids = {}
+        self._rows, self._ids = {}, {}
 
     def rows(self, count: int) -> tuple[int, ...]:
         """Rows of each client in an activation of so many.
@@ -46,11 +48,14 @@ class Pass:
         Raises:
             ValueError: they don't divide among the examples.
         """
+        if count in self._rows:
+            return self._rows[count]
         examples = sum(self.sizes)
         each, rest = divmod(count, examples)
         if rest:
             raise ValueError(f"{count} rows don't divide among {examples} examples")
-        return self.sizes if each == 1 else tuple(size * each for size in self.sizes)
+        self._rows[count] = rows = tuple(size * each for size in self.sizes)
+        return rows
 
     def row_ids(self, count: int, device: torch.device) -> Tensor:
         """int64 `[count]`: example within its client's batch << 32 | position in the example."""
@@ -134,9 +139,11 @@ class StackedLora(_Stacked):
     ) -> None:
         super().__init__(module, running)
         self._operands, self._names, self._index = operands, names, index
+        self.dropout_p = operands.dropout_p
         _, scale = diagonal(operands.E, operands.scale)
         self._scales = tuple(scale if own is None else own for own in scales)
-        self.ranks: tuple[int, ...] = ()
+        weight = operands.weight.detach()
+        self._packed = pack(weight.T if operands.transposed else weight)
         for role, name in names.items():
             like = getattr(operands, role)
             values = [_turned(role, client.get(name, like)) for client in clients]
@@ -165,6 +172,7 @@ class StackedLora(_Stacked):
             row_ids=running.row_ids(count, x.device) if drops else None,
             backend=state.backend,
             precision=state.precision,
+            packed=self._packed,
         )
 
     def read(self, name: str, client: int) -> Tensor:
@@ -301,6 +309,11 @@ class Stack:
                 for tensor in stacked.tensors.values():
                     tensor.narrow(clients)
             self.clients = clients
+
+    @property
+    def drops(self) -> bool:
+        """Whether any adapter draws a dropout, and `Pass.begin` needs seeds."""
+        return any(isinstance(s, StackedLora) and s.dropout_p > 0.0 for s in self._modules)
 
     def read(self, name: str, client: int) -> Tensor:
         """A client's value of a parameter, in the parameter's own shape."""

@@ -52,13 +52,31 @@ def prefers_onednn() -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def pack(weight: Tensor) -> list[Tensor] | None:
+    """Copies of a weight `[N, K]` that `linear` would make in every call; None where it makes none.
+
+    As large as the weight itself, and right for as long as it isn't written to.
+    """
+    if not prefers_onednn() or weight.dtype is not torch.float32 or not weight.is_cpu:
+        return None
+    chunks = _chunks(weight.shape[1])
+    if len(chunks) == 1 or not weight.is_contiguous():
+        return None
+    return [weight[:, chunk].contiguous() for chunk in chunks]
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packed: list[Tensor] | None = None
+) -> Tensor:
     """x weightᵀ + bias for x `[M, K]` and weight `[N, K]`; not differentiable.
 
     Operands of other dtypes, sizes and strides than oneDNN is good at go to F.linear.
+
+    Args:
+        packed: from ``pack(weight)``, or None.
     """
     if _suits(x, weight) and (bias is None or bias.dtype is torch.float32):
-        return _onednn(x, weight, bias)
+        return _onednn(x, weight, bias, packed)
     return F.linear(x, weight, bias)
 
 
@@ -107,19 +125,22 @@ def _chunks(K: int) -> list[slice]:
     return [slice(k, min(k + step, K)) for k in range(0, K, step)]
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packed: list[Tensor] | None = None
+) -> Tensor:
     product = torch.ops.mkldnn._linear_pointwise.default
     (M, K), N = x.shape, weight.shape[0]
     chunks = _chunks(K)
     if len(chunks) == 1:
         return product(x, weight, bias, "none", [], "")
-    step = max(1, _COPIED // K) if weight.is_contiguous() else N
+    copies = packed is None and weight.is_contiguous()
+    step = max(1, _COPIED // K) if copies else N
     if M <= _ROWS and step >= N:
-        return _summed(x, chunks, _parts(weight, chunks), bias)
+        return _summed(x, chunks, packed or _parts(weight, chunks), bias)
     y = torch.empty(M, N)
     for n in range(0, N, step):
         columns = slice(n, n + step)
-        parts = _parts(weight[columns], chunks)
+        parts = packed or _parts(weight[columns], chunks)
         bias_part = None if bias is None else bias[columns]
         for m in range(0, M, _ROWS):
             rows = slice(m, m + _ROWS)

@@ -26,6 +26,7 @@ from fastrank.kernels.lowrank.grouped_arguments import (
     make_layout,
     make_scale,
     make_seeds,
+    one_scale,
 )
 from fastrank.kernels.lowrank.op import autocast_dtype
 
@@ -48,6 +49,7 @@ def grouped_lowrank_linear(
     row_ids: Tensor | None = None,
     backend: str = "auto",
     precision: str = "peft",
+    packed: list[Tensor] | None = None,
 ) -> Tensor:
     """A loop over groups of lowrank_linear in one pass, differentiable once.
 
@@ -74,6 +76,7 @@ def grouped_lowrank_linear(
         backend: "auto", "triton" or "reference".
         precision: "peft" computes the branch in the adapters' dtype where no autocast is on,
             "compute" in x's (on a CPU always at least fp32).
+        packed: what ``kernels.common.products.pack(weight)`` made, to spare a CPU making it.
 
     rows, ranks and scale are host sequences or CPU tensors, which are checked, or tensors on x's
     device, which are trusted, clamped and cost no sync. torch.compile does not capture the
@@ -130,8 +133,9 @@ def grouped_lowrank_linear(
             flat, weight, bias, A, B, e, layout, dropout_p, aux
         )
     else:
-        branch = GroupedBranch(float(dropout_p), chosen, autocast, precision)
-        y = _Grouped.apply(flat, weight, bias, A, B, e, layout, branch, aux)
+        plain = (float(dropout_p), chosen, autocast, precision, one_scale(scale))
+        branch = GroupedBranch(*plain)
+        y = _Grouped.apply(flat, weight, bias, A, B, e, layout, branch, aux, packed)
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
 
@@ -155,17 +159,18 @@ def _path(backend: str) -> ModuleType:
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, e, layout: Layout, branch: GroupedBranch, aux):
+    def forward(ctx, x, weight, bias, A, B, e, layout: Layout, branch: GroupedBranch, aux, packed):
         x_flat, weight_cast, bias_cast = operands(x, weight, bias, branch)
         ctx.works = x.shape[0] > 0 and layout.max_rank > 0
         S = keep = None
         with no_autocast(x):
             if ctx.works:
+                extra = (packed,) if branch.backend == "torch" else ()
                 y, S, keep = _path(branch.backend).forward(
-                    x_flat, weight_cast, bias_cast, A, B, e, layout, branch, aux
+                    x_flat, weight_cast, bias_cast, A, B, e, layout, branch, aux, *extra
                 )
             else:
-                y = products.linear(x_flat, weight_cast, bias_cast)
+                y = products.linear(x_flat, weight_cast, bias_cast, packed)
         need_x, need_weight, _, need_A, need_B, need_e = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
             x_flat if need_weight or need_A or need_e else None,
@@ -184,42 +189,49 @@ class _Grouped(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, weight, A, B, e, S, keep, row_starts, rank_starts, *aux = ctx.saved_tensors
-        rows, ranks, max_rank, branch, x_dtype, (weight_dtype, bias_dtype) = ctx.plain
-        layout = Layout(rows, ranks, row_starts, rank_starts, max_rank)
-        need_x, need_weight, need_bias, *need_factors = ctx.needs_input_grad[:6]
-        if 0 in dy.stride() and dy.numel() > 1:
-            dy = dy.contiguous()  # what .sum() sends back
-        grads = [None] * 6
-        with no_autocast(dy):
-            if need_weight:
-                grads[1] = products.mm(dy.t(), x).to(weight_dtype)
-            if need_bias:
-                grads[2] = dy.sum(0).to(bias_dtype)
-            if ctx.works and (need_x or any(need_factors)):
-                needs = (need_x, *need_factors)
-                grads[0], *grads[3:] = _path(branch.backend).backward(
-                    dy,
-                    weight,
-                    x,
-                    A,
-                    B,
-                    e,
-                    S,
-                    keep,
-                    layout,
-                    branch,
-                    GroupedAux(*aux),
-                    needs,
-                    x_dtype,
-                )
-            elif not ctx.works:
-                grads[0] = products.mm(dy, weight) if need_x else None
-                for place, like in ((3, A), (4, B), (5, e)):
-                    if ctx.needs_input_grad[place]:
-                        grads[place] = torch.zeros_like(like)
-            if need_x:
-                grads[0] = grads[0].to(x_dtype)
-        return *grads, None, None, None
+        # grad mode is on only under create_graph, which is refused
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, A, B, e, S, keep, row_starts, rank_starts, *aux = ctx.saved_tensors
+    rows, ranks, max_rank, branch, x_dtype, (weight_dtype, bias_dtype) = ctx.plain
+    layout = Layout(rows, ranks, row_starts, rank_starts, max_rank)
+    need_x, need_weight, need_bias, *need_factors = ctx.needs_input_grad[:6]
+    if 0 in dy.stride() and dy.numel() > 1:
+        dy = dy.contiguous()  # what .sum() sends back
+    grads = [None] * 6
+    with no_autocast(dy):
+        if need_weight:
+            grads[1] = products.mm(dy.t(), x).to(weight_dtype)
+        if need_bias:
+            grads[2] = dy.sum(0).to(bias_dtype)
+        if ctx.works and (need_x or any(need_factors)):
+            needs = (need_x, *need_factors)
+            grads[0], *grads[3:] = _path(branch.backend).backward(
+                dy,
+                weight,
+                x,
+                A,
+                B,
+                e,
+                S,
+                keep,
+                layout,
+                branch,
+                GroupedAux(*aux),
+                needs,
+                x_dtype,
+            )
+        elif not ctx.works:
+            grads[0] = products.mm(dy, weight) if need_x else None
+            for place, like in ((3, A), (4, B), (5, e)):
+                if ctx.needs_input_grad[place]:
+                    grads[place] = torch.zeros_like(like)
+        if need_x:
+            grads[0] = grads[0].to(x_dtype)
+    return *grads, None, None, None, None
+
+
+_backward_once = once_differentiable(_backward)

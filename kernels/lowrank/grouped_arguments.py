@@ -32,6 +32,7 @@ class GroupedBranch(NamedTuple):
     backend: str  # "triton" or "torch"
     autocast: torch.dtype | None  # what F.linear would cast x, weight and bias to
     precision: str
+    one_scale: float | None = None  # of all groups, where the host knows that it is the same
 
 
 class GroupedAux(NamedTuple):
@@ -165,6 +166,16 @@ def make_scale(
         values = scale.tolist() if isinstance(scale, Tensor) else scale
         return _host_scale(tuple(values), dtype, device)
     return scale.to(device, dtype)
+
+
+def one_scale(scale: float | Sequence[float] | Tensor) -> float | None:
+    """The scale of all groups, if the host can tell that it is one."""
+    if isinstance(scale, int | float):
+        return float(scale)
+    if isinstance(scale, Tensor) or len(scale) == 0:
+        return None
+    first = scale[0]
+    return float(first) if all(value == first for value in scale) else None
 
 
 def check_operands(

@@ -72,6 +72,10 @@ def _plan(layout: Layout, x_dtype: torch.dtype, wide: torch.dtype, width: int) -
     return _runs(layout.rows, layout.ranks, most)
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def _wide(x: torch.dtype) -> torch.dtype:
     return torch.float64 if x == torch.float64 else torch.float32
 
@@ -84,22 +88,31 @@ def _shrink(P: Tensor, Q: Tensor, out: Tensor) -> None:
         torch.bmm(Q, P.transpose(1, 2), out=out)
 
 
-def _gram(S: Tensor, P: Tensor, out: Tensor) -> None:
-    """out `[g, R, W]` = S `[g, R, m]` P for P `[g, m, W]`."""
+def _gram(S: Tensor, P: Tensor, c: Tensor | float, out: Tensor) -> None:
+    """out `[g, R, W]` = c∘(S `[g, R, m]` P) for P `[g, m, W]`, c `[g, R, 1]` or a number."""
+    alpha = c if isinstance(c, float) else 1.0
     if P.shape[0] == 1:
-        out[0].copy_(products.mm(S[0], P[0]))
+        torch.mul(products.mm(S[0], P[0]), alpha, out=out[0])
     else:
-        torch.bmm(S, P, out=out)
+        torch.baddbmm(out, S, P, beta=0, alpha=alpha, out=out)
+    if isinstance(c, Tensor):
+        out.mul_(c)
 
 
-def _expand_(out: Tensor, S: Tensor, Q: Tensor) -> None:
-    """out `[g, m, W]` += Sᵀ Q for S `[g, R, m]`, Q `[g, R, W]`."""
+def _expand_(out: Tensor, S: Tensor, Q: Tensor, c: Tensor | float) -> None:
+    """out `[g, m, W]` += Sᵀ (c∘Q) for S `[g, R, m]`, Q `[g, R, W]`, c `[g, R, 1]` or a number."""
+    alpha = 1.0
+    if isinstance(c, float):
+        alpha = c
+    else:
+        Q = Q * c
     if out.dtype is not Q.dtype:
-        out.copy_(widened(out, Q.dtype, slot=0).baddbmm_(S.transpose(1, 2), Q))
+        wide = widened(out, Q.dtype, slot=0)
+        out.copy_(wide.baddbmm_(S.transpose(1, 2), Q, alpha=alpha))
     elif out.shape[0] == 1:
-        out[0].addmm_(S[0].t(), Q[0])
+        out[0].addmm_(S[0].t(), Q[0], alpha=alpha)
     else:
-        out.baddbmm_(S.transpose(1, 2), Q)
+        out.baddbmm_(S.transpose(1, 2), Q, alpha=alpha)
 
 
 class _Call:
@@ -116,11 +129,11 @@ class _Call:
         aux: GroupedAux,
     ) -> None:
         self.wide = _wide(x_dtype)
-        self.A, self.B = A.to(self.wide), B.to(self.wide)
-        self.e = None if e is None else e.to(self.wide)
+        self.A, self.B = _cast(A, self.wide), _cast(B, self.wide)
+        self.e = None if e is None else _cast(e, self.wide)
         self.runs = _plan(layout, x_dtype, self.wide, max(A.shape[1], B.shape[1]))
         self.size = sum(run.groups * run.m * run.R for run in self.runs)
-        self.scale = aux.scale.to(self.wide)
+        self.scale, self.one_scale = aux.scale, branch.one_scale
         self.drops = branch.dropout_p > 0.0
         self.factor = mean_factor(branch.dropout_p) if self.drops else 1.0
         # ranks that read x without dropout
@@ -128,8 +141,10 @@ class _Call:
         if self.drops and aux.trainable is not None:
             self.frozen = ~aux.trainable
 
-    def coefficients(self, run: Run, *, dropped: bool) -> Tensor:
-        """s c `[g, R, 1]` of a run; with 1 / P(kept) where the rows were dropped."""
+    def coefficients(self, run: Run, *, dropped: bool) -> Tensor | float:
+        """s c of a run, `[g, R, 1]` or one number; with 1 / P(kept) where rows were dropped."""
+        if self.one_scale is not None and self.e is None and self.frozen is None:
+            return self.one_scale * self.factor if dropped else self.one_scale
         c = self.scale[run.first : run.first + run.groups, None].expand(-1, run.R)
         if self.e is not None:
             c = c * self.e[run.ranks].view(run.groups, run.R)
@@ -167,14 +182,16 @@ def forward(
     layout: Layout,
     branch: GroupedBranch,
     aux: GroupedAux,
+    packed: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y `[M, N]`, S (flat, every group's `[R, m]` after another) and the kept elements or None.
 
     Args:
         x: `[M, K]`; as the others in the dtype that F.linear would compute in.
         A, B, e: all groups' ranks, `[ΣR, K]`, `[ΣR, N]`, `[ΣR]`.
+        packed: from products.pack(weight), or None.
     """
-    y = products.linear(x, weight, bias)
+    y = products.linear(x, weight, bias, packed)
     call = _Call(x.dtype, A, B, e, layout, branch, aux)
     S = torch.empty(call.size, dtype=call.wide)
     keep = _draw(x, call, branch, aux) if call.drops else None
@@ -190,8 +207,9 @@ def forward(
                 plain = torch.empty_like(part)
                 _shrink(call.rows_of(run, x), A_run, plain)
                 torch.where(call.frozen_of(run), plain, part, out=part)
-        B_run = call.factor_of(run, call.B) * call.coefficients(run, dropped=True)
-        _expand_(y[run.rows].view(run.groups, run.m, -1), part, B_run)
+        y_run = y[run.rows].view(run.groups, run.m, -1)
+        c = call.coefficients(run, dropped=True)
+        _expand_(y_run, part, call.factor_of(run, call.B), c)
     return y, S, keep
 
 
@@ -237,14 +255,15 @@ def backward(
     call = _Call(x_dtype, A, B, e, layout, branch, aux)
     dx = products.mm(dy, weight) if need_dx else None
     # a rank of a group without rows has a gradient too: zero
-    H = torch.zeros(A.shape, dtype=call.wide) if need_dA or need_de else None
-    G = torch.zeros(B.shape, dtype=call.wide) if need_dB else None
+    covered = sum(run.groups * run.R for run in call.runs) == A.shape[0]
+    room = torch.empty if covered else torch.zeros
+    H = room(A.shape, dtype=call.wide) if need_dA or need_de else None
+    G = room(B.shape, dtype=call.wide) if need_dB else None
     for run in call.runs:
         dy_run = call.rows_of(run, dy)
         if need_dB:
-            out = call.factor_of(run, G)
-            _gram(call.wide_rows(run, S), dy_run, out)
-            out.mul_(call.coefficients(run, dropped=True))
+            c = call.coefficients(run, dropped=True)
+            _gram(call.wide_rows(run, S), dy_run, c, call.factor_of(run, G))
         if H is None and dx is None:
             continue
         U = torch.empty(run.groups, run.R, run.m, dtype=call.wide)
@@ -258,10 +277,12 @@ def backward(
                     run.groups, run.m, -1
                 )
             )
-            _gram(U, rows, call.factor_of(run, H))
+            # de needs H as it is
+            c = 1.0 if need_de else call.coefficients(run, dropped=True)
+            _gram(U, rows, c, call.factor_of(run, H))
         if dx is not None:
             _add_dx(call, run, dx, U, keep)
-    dA, de = _finish(call, H, need_dA, need_de)
+    dA, de = _finish(call, H, need_dA) if need_de else (H, None)
     return dx, *(_own(t, like, aux) for t, like in ((dA, A), (G, B), (de, e)))
 
 
@@ -270,30 +291,26 @@ def _add_dx(call: _Call, run: Run, dx: Tensor, U: Tensor, keep: Tensor | None) -
     rows = dx[run.rows].view(run.groups, run.m, -1)
     A = call.factor_of(run, call.A)
     if keep is None:
-        _expand_(rows, U, A * call.coefficients(run, dropped=True))
+        _expand_(rows, U, A, call.coefficients(run, dropped=True))
         return
     if call.frozen is not None:
         frozen = call.frozen_of(run)
-        _expand_(rows, U, torch.where(frozen, A * call.coefficients(run, dropped=False), 0.0))
+        part = torch.where(frozen, A, 0.0)
+        _expand_(rows, U, part, call.coefficients(run, dropped=False))
         A = torch.where(frozen, 0.0, A)
     share = scratch(rows, call.wide, slot=0)
     torch.bmm(U.transpose(1, 2), A * call.coefficients(run, dropped=True), out=share)
     rows.add_(Mask(keep[run.rows].view(rows.shape)).on_(share))
 
 
-def _finish(
-    call: _Call, H: Tensor | None, need_dA: bool, need_de: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _finish(call: _Call, H: Tensor, need_dA: bool) -> tuple[Tensor | None, Tensor]:
     """dA = s c∘H in place of H, and de = s Σ_K A∘H."""
-    if H is None:
-        return None, None
-    de = torch.zeros(H.shape[0], dtype=call.wide) if need_de else None
+    de = torch.zeros(H.shape[0], dtype=call.wide)
     for run in call.runs:
         part = call.factor_of(run, H)
-        if de is not None:
-            weights = (part * call.factor_of(run, call.A)).sum(2)
-            scale = call.scale[run.first : run.first + run.groups, None] * call.factor
-            de[run.ranks] = (weights * scale).flatten()
+        weights = (part * call.factor_of(run, call.A)).sum(2)
+        scale = call.scale[run.first : run.first + run.groups, None] * call.factor
+        de[run.ranks] = (weights * scale).flatten()
         if need_dA:
             part.mul_(call.coefficients(run, dropped=True))
     return H if need_dA else None, de
@@ -305,4 +322,4 @@ def _own(grad: Tensor | None, like: Tensor | None, aux: GroupedAux) -> Tensor | 
         return None
     if aux.trainable is not None:
         grad[~aux.trainable] = 0.0
-    return grad.to(like.dtype)
+    return _cast(grad, like.dtype)

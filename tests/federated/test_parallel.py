@@ -16,6 +16,7 @@ from fastrank.federated.parallel import ClientParallel
 
 F32, F64 = torch.float32, torch.float64
 SIZES = (9, 4, 13, 6, 2)  # examples of each client: unequal steps and last batches
+TOTAL = sum(SIZES)
 
 
 def make_model(kind="bert", dtype=F64, seed=0, **lora) -> ResidentModel:
@@ -39,7 +40,7 @@ def make_model(kind="bert", dtype=F64, seed=0, **lora) -> ResidentModel:
     return resident
 
 
-def make_examples(task="seq-cls", count=sum(SIZES), seed=0, longest=14) -> Encoded:
+def make_examples(task="seq-cls", count=TOTAL, seed=0, longest=14) -> Encoded:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, longest, size=count)
     ids = [rng.integers(2, 50, size=n).astype(np.int32) for n in lengths]
@@ -227,8 +228,8 @@ def test_a_client_gone_wrong_harms_no_other():
 
 def test_the_model_is_left_as_it_was():
     model = make_model()
-    before = {n: p.clone() for n, p in model.model.named_parameters()}
     exchange = lora_exchange(model)
+    before = {n: p.clone() for n, p in model.model.named_parameters()}
     list(ClientParallel(model, make_examples(), partition(), OPTIONS, 5).run(exchange, [0, 1]))
     assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
     assert not any("forward" in vars(m) for m in model.model.modules())

@@ -173,7 +173,7 @@ def test_a_row_drops_the_same_in_any_company():
         given, rows=(4, 6), ranks=(3, 3), scale=1.0, dropout_p=0.5, seeds=(1, 2),
         row_ids=torch.cat([ids, torch.arange(6)]),
     )  # fmt: skip
-    alone = {n: t for n, t in given.items()}
+    alone = dict(given)
     order = [2, 0, 3]
     alone["x"] = given["x"][:4][order]
     for n in ("A", "B", "e"):
@@ -211,7 +211,7 @@ def test_ranks_that_are_off_never_show():
     rows, ranks = (6, 5), (4, 3)
     active = torch.tensor([True, False, True, True, False, False, True])
     given = make(rows, ranks, F64)
-    few = {n: t for n, t in given.items()}
+    few = dict(given)
     for name in ("A", "B", "e"):
         few[name] = given[name].detach()[active].requires_grad_()
     wanted = run(few, rows=rows, ranks=(3, 1), scale=scales(2))
@@ -229,7 +229,7 @@ def test_order_of_the_groups_is_order_of_the_results():
     rows, ranks = (5, 3, 7), (2, 4, 3)
     given = make(rows, ranks, F64)
     found = run(given, rows=rows, ranks=ranks, scale=scales(3))
-    turned = {n: t for n, t in given.items()}
+    turned = dict(given)
     parts = {n: given[n].split(rows if n == "x" else ranks) for n in ("x", "A", "B", "e")}
     for name, pieces in parts.items():
         turned[name] = torch.cat(pieces[::-1]).detach().requires_grad_()
