@@ -11,7 +11,9 @@ from fastrank.errors import UsageError
 # name -> module with add_options(parser) and run(**options) -> dict
 BENCHES = {
     "lowrank": "fastrank.bench.lowrank",
+    "grouped": "fastrank.bench.grouped",
     "train-step": "fastrank.bench.train_step",
+    "simulate": "fastrank.bench.simulate",
     "all": "fastrank.bench.everything",
 }
 

@@ -20,7 +20,17 @@ from typing import Any
 
 import torch
 
-from fastrank.bench import grids, lowrank, rank_sweep, timing, train_step
+from fastrank.bench import (
+    grids,
+    grouped,
+    grouped_cases,
+    lowrank,
+    rank_sweep,
+    simulate,
+    simulate_cases,
+    timing,
+    train_step,
+)
 from fastrank.bench.cases import Case
 from fastrank.bench.environment import environment, pick_device
 from fastrank.bench.results_file import Results, failures, write_json
@@ -259,6 +269,34 @@ def train(out: Path, setting: Setting, deadline: float) -> bool:
     return True
 
 
+def measure_grouped(out: Path, setting: Setting, deadline: float) -> bool:
+    """grouped.json: many adapters on one frozen layer, in one pass and in a loop."""
+    device = pick_device(setting.device)
+    results = Results(out / "grouped.json", environment(device), resume=True)
+    cases = grouped_cases.cases(device, quick=setting.rehearsal)
+    seconds = 2.0 if setting.rehearsal else 60.0
+    finished = grouped.measure_cases(cases, device, results, seconds, deadline)
+    if finished and failures(results.rows):
+        raise Failed(f"{failures(results.rows)} rows failed; grouped.json has the reasons")
+    return finished
+
+
+def measure_simulate(out: Path, setting: Setting, deadline: float) -> bool:
+    """simulate.json: clients side by side, against one after another with PEFT."""
+    if not has_peft():
+        raise Skipped("PEFT is not installed")
+    device = pick_device(setting.device)
+    results = Results(out / "simulate.json", environment(device), resume=True)
+    cases = simulate_cases.cases(device, quick=setting.rehearsal)
+    seconds = 2.0 if setting.rehearsal else 200.0
+    # building and checking a case takes about as long as measuring it
+    needed = 2 * seconds / len(cases)
+    finished = simulate.measure_cases(cases, device, results, seconds, deadline - needed)
+    if finished and failures(results.rows):
+        raise Failed(f"{failures(results.rows)} rows failed; simulate.json has the reasons")
+    return finished
+
+
 def _release(device: torch.device) -> None:
     gc.collect()  # PEFT's modules hold each other
     if device.type == "cuda":
@@ -283,6 +321,8 @@ STEPS: dict[str, Step] = {
     "lowrank": measure_lowrank,
     "rank-sweep": sweep_ranks,
     "train-step": train,
+    "grouped": measure_grouped,
+    "simulate": measure_simulate,
     "summary": summarise,
 }
 

@@ -86,8 +86,8 @@ def test_fewer_clients_after_running_out_of_memory_are_replayed(options, monkeyp
         return real(model, jobs, *rest)
 
     options = {**options, "num_rounds": 4, "clients_in_parallel": 3}
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(parallel, "train_together", short_of_memory)
+    monkeypatch.setattr(parallel, "train_together", short_of_memory)
+    with pytest.raises(KeyboardInterrupt):
         Simulation(**options, callbacks=[Killed()]).run()
     sizes = []
 
