@@ -26,7 +26,7 @@ _COLUMNS = (("case", 30), ("in parallel", 11), ("base MB", 8), ("more MB", 8), (
 def cases(device: torch.device, quick: bool) -> list[SimCase]:
     """Cohorts of sixteen."""
     if quick:
-        return [SimCase("encoder-2x32", _CLIENTS, 2, 8, local_steps=3)]
+        return [SimCase("encoder-1x32", _CLIENTS, 2, 8, local_steps=3)]
     if device.type == "cuda":
         return [SimCase("encoder-12x768", _CLIENTS, 4, 128, "bfloat16")]
     return [SimCase("encoder-6x384", _CLIENTS, 4, 32), SimCase("encoder-2x128", _CLIENTS, 4, 16)]

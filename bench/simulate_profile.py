@@ -39,7 +39,10 @@ from fastrank.kernels.common import products
 KINDS = ("frozen-products", "grouped-branches", "attention", "norms-activations",
          "optimizer-clipping", "rest")  # fmt: skip
 WHOLE = "whole-step"
-_ROUNDS = 5
+# what tells most about an operator comes first: base products run inside of _Grouped
+_TELLING = ("optimizer-clipping", "attention", "frozen-products", "grouped-branches",
+            "norms-activations", "rest")  # fmt: skip
+_ROUNDS = 3
 _FROZEN, _OPTIMIZER = "fastrank::frozen", "fastrank::optimizer"
 _GROUPED = ("_Grouped", "_GroupedBackward")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
@@ -119,34 +122,46 @@ def _profiled(round: Round, case: SimCase, device: torch.device) -> dict[str, fl
         _scopes(case.r),
     ):
         whole = _wall(round, device)
-    spent = dict.fromkeys(KINDS, 0.0)
+    spent, known = dict.fromkeys(KINDS, 0.0), {}
     for event in trace.events():
         microseconds = (
             event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         )
-        spent[kind_of(event, case.r)] += microseconds * 1e-6
+        spent[_kind_of(event, case.r, known)] += microseconds * 1e-6
     spent["rest"] = max(0.0, whole - sum(s for kind, s in spent.items() if kind != "rest"))
     return spent | {WHOLE: whole}
 
 
-def kind_of(event: Any, rank: int) -> str:
-    """The kind of an operator, by what it runs inside of and by its operands' shapes."""
-    inside = set()
-    above = event
-    while above is not None:
-        inside.add(above.name)
-        above = above.cpu_parent
-    if _OPTIMIZER in inside:
+def _kind_of(event: Any, rank: int, known: dict[int, int]) -> str:
+    """The kind of an operator, by its name and operands and by what it runs inside of.
+
+    Args:
+        event: the profiler's.
+        rank: of the adapters.
+        known: places in `_TELLING` of the events met so far, by id.
+    """
+    waiting = []
+    while event is not None and id(event) not in known:
+        waiting.append(event)
+        event = event.cpu_parent
+    place = len(_TELLING) - 1 if event is None else known[id(event)]
+    for event in reversed(waiting):
+        place = min(place, _TELLING.index(_own_kind(event, rank)))
+        known[id(event)] = place
+    return _TELLING[place]
+
+
+def _own_kind(event: Any, rank: int) -> str:
+    name = event.name
+    if name == _OPTIMIZER:
         return "optimizer-clipping"
-    if any("scaled_dot_product" in name for name in inside):
+    if "scaled_dot_product" in name:
         return "attention"
-    if _FROZEN in inside or (event.name in _PRODUCTS and _is_frozen(event.input_shapes, rank)):
+    if name == _FROZEN or (name in _PRODUCTS and _is_frozen(event.input_shapes, rank)):
         return "frozen-products"
-    if not inside.isdisjoint(_GROUPED):
+    if name in _GROUPED:
         return "grouped-branches"
-    if any(norm in name for name in inside for norm in _NORMS):
-        return "norms-activations"
-    return "rest"
+    return "norms-activations" if any(norm in name for norm in _NORMS) else "rest"
 
 
 def _is_frozen(shapes: Sequence[Sequence[int]], rank: int) -> bool:

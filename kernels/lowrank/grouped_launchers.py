@@ -35,6 +35,8 @@ _TL_DTYPES = {
 }
 _MOST_SHRINK_SPLITS = 16
 _MOST_GRAM_SPLITS = 32
+# ranks that expand multiplies at once; more would spill scalar registers on gfx942
+MOST_EXPAND_RANKS = 32
 # where an entry that isn't used begins: behind any group's rows and, in int32, ranks
 _UNUSED = 1 << 30
 
@@ -53,7 +55,7 @@ TILES: dict[tuple[str, int], dict[str, Tile]] = {
     },
     ("half", 64): {
         "shrink": Tile(64, 32, 8, 2),
-        "expand": Tile(64, 64, 8, 1),
+        "expand": Tile(64, 128, 8, 1),
         "gram": Tile(32, 128, 8, 2),
     },
     ("tf32", 16): {
@@ -255,11 +257,11 @@ def _diagonal_arguments(call: Call, e: Tensor | None) -> dict:
     }
 
 
-def _dot_arguments(call: Call, tile: Tile) -> dict:
+def _dot_arguments(call: Call, tile: Tile, block_r: int) -> dict:
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_W": tile.block_w,
-        "BLOCK_R": call.block_r,
+        "BLOCK_R": block_r,
         "DOT": _TL_DTYPES[call.dot],
         "PRECISION": call.precision,
         "INTERPRET": interpreting(),
@@ -292,7 +294,7 @@ def shrink(call: Call, x: Tensor, q: Tensor, dropout: bool) -> Tensor:
         chunk_tiles=chunk,
         **_layout_arguments(call, table),
         **_dropout_arguments(call, dropout),
-        **_dot_arguments(call, tile),
+        **_dot_arguments(call, tile, call.block_r),
     )
     return parts[0] if splits == 1 else parts.sum(0)
 
@@ -314,7 +316,7 @@ def expand_(call: Call, out: Tensor, p: Tensor, q: Tensor, e: Tensor | None, dro
         **_diagonal_arguments(call, e),
         **_layout_arguments(call, table),
         **_dropout_arguments(call, dropout),
-        **_dot_arguments(call, tile),
+        **_dot_arguments(call, tile, min(call.block_r, MOST_EXPAND_RANKS)),
     )
 
 
@@ -370,7 +372,7 @@ def gradient(
         WANT_DE=want_de and whole,
         **shared,
         **_dropout_arguments(call, dropout),
-        **_dot_arguments(call, tile),
+        **_dot_arguments(call, tile, call.block_r),
     )
     if not whole:
         launch(

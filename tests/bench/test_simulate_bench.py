@@ -26,7 +26,7 @@ from fastrank.bench.simulate_rounds import Contest, Judge, WrongResult, in_float
 from fastrank.layers.fused import FusedLayer
 
 CPU = torch.device("cpu")
-TINY = SimCase("encoder-2x32", 3, 2, 8, local_steps=2)
+TINY = SimCase("encoder-1x32", 3, 2, 8, local_steps=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +83,7 @@ def test_quick_grid_has_every_comparison_of_every_case(quick):
 
 
 def test_flower_that_is_not_installed_leaves_its_reason(quick):
-    row = by(quick[1]["rows"], "round")["encoder-2x32-4x2x8", "fastrank", "flower-ray"]
+    row = by(quick[1]["rows"], "round")["encoder-1x32-4x2x8", "fastrank", "flower-ray"]
     check_row(row)
     assert row["skipped"] == "flwr is not installed (pip install 'fastrank[flower]')"
     if importlib.util.find_spec("flwr") is None:
@@ -137,7 +137,7 @@ def test_the_gate_fails_when_one_side_is_spoiled(contest, judge, spoiled):
     if spoiled == "one client":
         name = contest.resident.lora_names()[0]
         found[1][name] = found[1][name] + 0.1 * (found[1][name] - start[name])
-    elif spoiled == "a bias":  # 20 of 15,000 numbers
+    elif spoiled == "a bias":  # 20 of 8,000 numbers
         name = next(n for n in start if n.endswith("classifier.modules_to_save.default.bias"))
         found[2][name] = start[name]
     elif spoiled == "the wrong client":
@@ -175,7 +175,7 @@ def test_the_baseline_is_stock_peft(contest):
     assert not any(isinstance(m, FusedLayer) for m in contest.peft.model.modules())
     stock = [m for m in contest.peft.model.modules() if isinstance(m, Linear)]
     ours = [m for m in contest.resident.model.modules() if isinstance(m, FusedLayer)]
-    assert len(stock) == len(ours) == 12
+    assert len(stock) == len(ours) == 6
     assert all(type(m) is Linear for m in stock)
 
 
@@ -189,7 +189,7 @@ def test_float64_and_back_leaves_every_bit(contest):
 
 
 def test_a_16_bit_base_is_judged_by_its_own_error():
-    contest = Contest(Job(SimCase("encoder-2x32", 2, 2, 8, "bfloat16", local_steps=1), CPU))
+    contest = Contest(Job(SimCase("encoder-1x32", 2, 2, 8, "bfloat16", local_steps=1), CPU))
     judge = Judge(contest)
     assert 1e-3 < judge.baseline_error < 0.5
     found = contest.by(contest.executor("auto", steps=judge.steps))()
@@ -227,7 +227,7 @@ def test_the_grids():
 
 
 def test_memory_grows_with_clients_in_parallel_and_the_base_does_not(monkeypatch, capsys):
-    case = SimCase("encoder-2x32", 4, 2, 8, local_steps=1)
+    case = SimCase("encoder-1x32", 4, 2, 8, local_steps=1)
     monkeypatch.setattr(simulate_memory, "TOGETHER", (1, 4))
     monkeypatch.setattr(simulate_memory, "cases", lambda device, quick: [case])
     results = Results(None, {"device": "-"})

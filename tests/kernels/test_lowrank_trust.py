@@ -25,8 +25,8 @@ from lowrank_cases import (
 from torch import Tensor
 from torch.library import opcheck
 
-from fastrank.kernels.lowrank import lowrank_add, lowrank_linear, reference
 from fastrank.kernels.common.scratch import BLOCK
+from fastrank.kernels.lowrank import lowrank_add, lowrank_linear, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -103,7 +103,8 @@ def test_checkpoints_load_both_ways(tmp_path):
     buffer.seek(0)
     again = copy.deepcopy(fast)
     again.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(logits(again, "bert"), logits(fast, "bert"))
+    # a copy doesn't share inputs between layers, and some CPUs then add in another order
+    assert torch.allclose(logits(again, "bert"), logits(fast, "bert"), rtol=CLOSE)
 
 
 def test_merging_disabling_and_unloading():
