@@ -14,11 +14,26 @@ _LAZY = {
     "patch": "fastrank.patching",
     "unpatch": "fastrank.patching",
     "PatchReport": "fastrank.patching",
+    "sparsify": "fastrank.sparsifying",
+    "unsparsify": "fastrank.sparsifying",
+    "merge_adapters": "fastrank.merging",
     "LowRankLinear": "fastrank.layers",
+    "SparseLinear": "fastrank.layers.sparse",
     "Simulation": "fastrank.federated.simulation",
 }
 
-__all__ = ["LowRankLinear", "PatchReport", "Simulation", "__version__", "patch", "unpatch"]
+__all__ = [
+    "LowRankLinear",
+    "PatchReport",
+    "Simulation",
+    "SparseLinear",
+    "__version__",
+    "merge_adapters",
+    "patch",
+    "sparsify",
+    "unpatch",
+    "unsparsify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,8 +35,8 @@ _TL_DTYPES = {
 }
 _MOST_SHRINK_SPLITS = 16
 _MOST_GRAM_SPLITS = 32
-# ranks that expand multiplies at once; more would spill scalar registers on gfx942
-MOST_EXPAND_RANKS = 32
+# ranks that expand multiplies at once; more would spill on gfx942 and on sm_80
+MOST_EXPAND_RANKS = {"half": 32, "tf32": 16, "ieee": 16}
 # where an entry that isn't used begins: behind any group's rows and, in int32, ranks
 _UNUSED = 1 << 30
 
@@ -76,7 +76,7 @@ TILES: dict[tuple[str, int], dict[str, Tile]] = {
     ("ieee", 32): {
         "shrink": Tile(32, 32, 8, 2),
         "expand": Tile(32, 64, 8, 1),
-        "gram": Tile(32, 64, 4, 2),
+        "gram": Tile(32, 64, 8, 2),
     },
 }
 # what groups of at most FEW_ROWS rows on average have instead: rows of a tile that a group doesn't
@@ -100,6 +100,7 @@ class Call:
     aux: GroupedAux
     dot: torch.dtype  # operand dtype of the branch's dots
     precision: str  # input_precision of fp32 dots
+    operands: str  # what multiplies, as TILES names it
     masks: tuple[Tensor | None, Tensor | None]  # active and trainable, one byte a rank, or Nones
     gpu: Gpu
     block_r: int
@@ -154,17 +155,14 @@ def start(
     rows = average = cdiv(M, groups)
     if layout.rows is not None:
         rows, average = max(layout.rows), cdiv(M, sum(m > 0 for m in layout.rows))
-    tiles = tiles_for(dot, precision, ranks, average)
-    masks = _masks(aux, A.device)
-    found = Call(layout, branch, aux, dot, precision, masks, gpu, *tiles, M, total, ranks, rows)
-    return found, A, B, e
-
-
-def tiles_for(
-    dot: torch.dtype, precision: str, ranks: int, rows: int
-) -> tuple[int, dict[str, Tile]]:
-    """BLOCK_R and the tile of each kernel, for groups of that many ranks and rows."""
     operands = "half" if dot != torch.float32 else "ieee" if precision == "ieee" else "tf32"
+    how = (dot, precision, operands, _masks(aux, A.device), gpu)
+    tiles = tiles_for(operands, ranks, average)
+    return Call(layout, branch, aux, *how, *tiles, M, total, ranks, rows), A, B, e
+
+
+def tiles_for(operands: str, ranks: int, rows: int) -> tuple[int, dict[str, Tile]]:
+    """BLOCK_R and the tile of each kernel, for groups of that many ranks and rows."""
     blocks = [block for multiplied, block in TILES if multiplied == operands]
     block_r = min((block for block in blocks if block >= ranks), default=max(blocks))
     found = TILES[operands, block_r]
@@ -316,7 +314,7 @@ def expand_(call: Call, out: Tensor, p: Tensor, q: Tensor, e: Tensor | None, dro
         **_diagonal_arguments(call, e),
         **_layout_arguments(call, table),
         **_dropout_arguments(call, dropout),
-        **_dot_arguments(call, tile, min(call.block_r, MOST_EXPAND_RANKS)),
+        **_dot_arguments(call, tile, min(call.block_r, MOST_EXPAND_RANKS[call.operands])),
     )
 
 

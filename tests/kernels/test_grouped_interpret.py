@@ -369,8 +369,9 @@ def test_tiles_follow_the_average_group(launches):
     ):
         launches.clear()
         compare(Case(rows, ranks, on_device=on_device))
-        found = {(a["BLOCK_M"], a["BLOCK_R"]) for n, _, a in launches if n in ("shrink", "expand")}
+        found = {(a["BLOCK_M"], a["BLOCK_R"]) for n, _, a in launches if n == "shrink"}
         assert found == {blocks}
+        assert {a["BLOCK_M"] for n, _, a in launches if n == "expand"} == {blocks[0]}
 
 
 @pytest.mark.parametrize("block", [16, 64])

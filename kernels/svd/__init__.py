@@ -1,0 +1,22 @@
+"""Batched truncated SVD: of dense matrices, of sums of thin products, of packed sparse updates."""
+
+from fastrank.kernels.svd.op import truncated_svd, truncated_svd_many
+from fastrank.kernels.svd.operands import (
+    NONFINITE,
+    NOT_CONVERGED,
+    FactoredSum,
+    PackedSparse,
+    TruncatedSVD,
+)
+from fastrank.kernels.svd.presets import PRESETS
+
+__all__ = [
+    "NONFINITE",
+    "NOT_CONVERGED",
+    "PRESETS",
+    "FactoredSum",
+    "PackedSparse",
+    "TruncatedSVD",
+    "truncated_svd",
+    "truncated_svd_many",
+]
