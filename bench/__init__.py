@@ -12,6 +12,7 @@ from fastrank.errors import UsageError
 BENCHES = {
     "lowrank": "fastrank.bench.lowrank",
     "grouped": "fastrank.bench.grouped",
+    "svd": "fastrank.bench.svd",
     "train-step": "fastrank.bench.train_step",
     "simulate": "fastrank.bench.simulate",
     "all": "fastrank.bench.everything",

@@ -77,8 +77,8 @@ def rounding(operator: Operator) -> float:
 
 def _ritz(X: Tensor) -> tuple[Tensor, Tensor]:
     """Squared Ritz values, descending, `[G, q]`, and the rotation to their vectors `[G, q, q]`."""
-    gram = X.mT.double() @ X.double()
-    values, vectors = torch.linalg.eigh(gram)
+    X = X.double()
+    values, vectors = torch.linalg.eigh(X.mT @ X)
     return values.flip(1).clamp_min(0.0), vectors.flip(2)
 
 
@@ -110,14 +110,13 @@ def _filtered(operator: Operator, Q: Tensor, X: Tensor, values: Tensor, degree: 
     shift = _column(torch.where(plain, 0.0, 1.0), Q)
     before, block = Q, operator.apply(X).mul_(alpha).sub_(shift * Q)
     for step in range(2, int(degrees.max()) + 1):
-        following = operator.apply(operator.apply_t(block)).mul_(2 * alpha)
-        following.sub_(block, alpha=2).sub_(before)
+        wide = operator.apply_t(block).mul_(2 * alpha)
         go = (step <= degrees)[:, None, None]
-        if not go.all():
-            before, following = torch.where(go, block, before), torch.where(go, following, block)
+        if go.all():
+            before, block = block, operator.apply(wide, minus=before.add_(block, alpha=2))
         else:
-            before = block
-        block = following
+            following = operator.apply(wide, minus=before + 2 * block)
+            before, block = torch.where(go, block, before), torch.where(go, following, block)
     return block
 
 

@@ -26,8 +26,8 @@ class Operator(Protocol):
     scale: Tensor  # float64 [G], powers of two
     finite: Tensor  # bool [G]
 
-    def apply(self, X: Tensor) -> Tensor:
-        """A X for X `[G, K, q]`."""
+    def apply(self, X: Tensor, minus: Tensor | None = None) -> Tensor:
+        """A X for X `[G, K, q]`; A X - minus, written into minus, where that is given."""
 
     def apply_t(self, Y: Tensor) -> Tensor:
         """Aᵀ Y for Y `[G, N, q]`."""
@@ -71,8 +71,8 @@ class Dense:
         self.A, self.scale, self.finite = scaled(A.to(working), (1, 2))
         self.shape, self.dtype, self.device = tuple(A.shape), working, A.device
 
-    def apply(self, X: Tensor) -> Tensor:
-        return self.A @ X
+    def apply(self, X: Tensor, minus: Tensor | None = None) -> Tensor:
+        return self.A @ X if minus is None else minus.baddbmm_(self.A, X, beta=-1)
 
     def apply_t(self, Y: Tensor) -> Tensor:
         return self.A.mT @ Y
@@ -89,13 +89,9 @@ class Sparse:
         G, N, K = self.shape = batch.shape
         device = self.device = batch.values.device
         self.dtype = batch.values.dtype
-        matrix = torch.div(
-            torch.searchsorted(
-                batch.row_starts[1:], torch.arange(len(batch.values), device=device), right=True
-            ),
-            N,
-            rounding_mode="floor",
-        )
+        counts = batch.row_starts[::N].diff()
+        each = torch.arange(G, device=device)
+        matrix = each.repeat_interleave(counts, output_size=len(batch.values))
         largest = torch.zeros(G, dtype=batch.values.dtype, device=device)
         largest = largest.scatter_reduce(0, matrix, batch.values.abs(), "amax")
         self.finite = largest.isfinite()
@@ -109,13 +105,11 @@ class Sparse:
         rows = batch.rows + (matrix[order] * N).int()
         self._columns = _csr(batch.column_starts, rows, values[order], (G * K, G * N))
 
-    def apply(self, X: Tensor) -> Tensor:
-        G, N, _ = self.shape
-        return (self._rows @ X.reshape(-1, X.shape[2])).view(G, N, -1)
+    def apply(self, X: Tensor, minus: Tensor | None = None) -> Tensor:
+        return _product(self._rows, X, minus)
 
     def apply_t(self, Y: Tensor) -> Tensor:
-        G, _, K = self.shape
-        return (self._columns @ Y.reshape(-1, Y.shape[2])).view(G, K, -1)
+        return _product(self._columns, Y, None)
 
     def norm2(self) -> Tensor:
         zero = torch.zeros(self.shape[0], dtype=torch.float64, device=self._values.device)
@@ -130,8 +124,9 @@ class Factored:
         self.A = self.weights[:, :, None] * self.A
         self.shape, self.dtype, self.device = operand.shape, torch.float64, operand.device
 
-    def apply(self, X: Tensor) -> Tensor:
-        return self.B @ (self.A @ X)
+    def apply(self, X: Tensor, minus: Tensor | None = None) -> Tensor:
+        X = self.A @ X
+        return self.B @ X if minus is None else minus.baddbmm_(self.B, X, beta=-1)
 
     def apply_t(self, Y: Tensor) -> Tensor:
         return self.A.mT @ (self.B.mT @ Y)
@@ -167,6 +162,16 @@ def _largest(tensor: Tensor) -> Tensor:
     if tensor[0].numel() == 0:
         return tensor.new_zeros(tensor.shape[0])
     return torch.linalg.vector_norm(tensor.flatten(1), ord=torch.inf, dim=1)
+
+
+def _product(A: Tensor, X: Tensor, minus: Tensor | None) -> Tensor:
+    """A X - minus of a block-diagonal A and X `[G, k, q]`."""
+    G, _, q = X.shape
+    X = X.reshape(-1, q)
+    # torch's own A @ X fills the result with zeros and copies it before the product
+    out = X.new_empty(A.shape[0], q) if minus is None else minus.view(-1, q)
+    torch.addmm(out, A, X, beta=0 if minus is None else -1, out=out)
+    return out.view(G, -1, q)
 
 
 def _csr(starts: Tensor, indices: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
