@@ -9,14 +9,19 @@ from fastrank.kernels.svd.operands import (
     TruncatedSVD,
 )
 from fastrank.kernels.svd.presets import PRESETS
+from fastrank.kernels.svd.refactor import LowRank, Orthogonal, refactor, reorthogonalise
 
 __all__ = [
     "NONFINITE",
     "NOT_CONVERGED",
     "PRESETS",
     "FactoredSum",
+    "LowRank",
+    "Orthogonal",
     "PackedSparse",
     "TruncatedSVD",
+    "refactor",
+    "reorthogonalise",
     "truncated_svd",
     "truncated_svd_many",
 ]
