@@ -57,8 +57,8 @@ def refactor(
         split: "B" puts the singular values into B (A has orthonormal rows), "balanced" their roots
             into both.
         keep: module -> A `[r, K]` whose rows stay where the update has no direction left: a rank
-            whose singular value is zero but for rounding. B is zero there, so the product is the same; without it
-            the row is orthonormal to the others, which also trains. A's row is never zero.
+            whose singular value is zero but for rounding. B is zero there, so the product is the
+            same; without it the row is orthonormal to the others, which also trains.
         accuracy, seed, backend: as for truncated_svd.
 
     Raises:
@@ -140,7 +140,8 @@ def _factors(found: TruncatedSVD, scaling: float, split: str, keep: Tensor | Non
     if keep is not None and tuple(keep.shape) != tuple(Vh.shape):
         raise ValueError(f"keep has shape {list(keep.shape)}, wanted A's, {list(Vh.shape)}")
     # zero but for rounding: such a rank adds nothing
-    lost = S <= max(len(U), Vh.shape[1]) * torch.finfo(torch.float32).eps * S.max()
+    least = max(len(U), Vh.shape[1]) * torch.finfo(torch.float32).eps * S.max()
+    lost = least >= S
     S = torch.where(lost, 0.0, S)
     root = S.sqrt()
     left, right = (S, torch.ones_like(S)) if split == "B" else (root, root)
