@@ -251,11 +251,13 @@ def _print_options(console: Any, config: Any, method: Any) -> None:
     """Every resolved option, grouped, those that differ from their default in bold."""
     from rich.table import Table
 
+    from fastrank.federated.config import method_options
+
     groups: dict[str, list[tuple[str, Any, bool]]] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         groups.setdefault(f.metadata["group"], []).append((f.name, value, value != f.default))
-    for f in dataclasses.fields(method):
+    for f in method_options(type(method)).values():
         value = getattr(method, f.name)
         changed = value != getattr(type(method)(), f.name)
         groups["method"].append((f.name, value, changed))
@@ -264,7 +266,9 @@ def _print_options(console: Any, config: Any, method: Any) -> None:
     for title, entries in groups.items():
         cells = []
         for name, value, changed in entries:
-            shown = "-" if value is None else ",".join(value) if isinstance(value, tuple) else value
+            shown = "-" if value is None else value
+            if isinstance(value, tuple):
+                shown = ",".join(map(str, value))
             text = f"{name}={shown}"
             cells.append(f"[bold]{text}[/bold]" if changed else text)
         table.add_row(f"[dim]{title}[/dim]", "  ".join(cells))

@@ -142,7 +142,13 @@ def resolve(
 
 
 def method_options(cls: type[Method]) -> dict[str, dataclasses.Field]:
-    return {f.name: f for f in dataclasses.fields(cls)}
+    """Options of a method by name; what a run tells it is none."""
+    return {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("hidden")}
+
+
+def option_values(method: Method) -> dict[str, Any]:
+    """A method's options and their values."""
+    return {name: getattr(method, name) for name in method_options(type(method))}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -226,16 +232,41 @@ def _coerce(name: str, kinds: list[type], value: Any) -> Any:
             except (TypeError, ValueError):
                 continue
         elif kind is tuple:
-            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-                return tuple(value)
-            if isinstance(value, str) and ("," in value or str not in kinds):
-                return tuple(part.strip() for part in value.strip("[]").split(",") if part.strip())
+            parts = _parts(value, str not in kinds)
+            if parts is not None and all(isinstance(part, str) for part in parts):
+                return parts
+        elif kind is Numbers:
+            parts = _parts(value, True)
+            try:
+                return None if parts is None else tuple(_whole(part) for part in parts)
+            except ValueError:
+                continue
         elif kind is str and isinstance(value, (str, Path)):
             return str(value)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string",
-             tuple: "a list of strings", type(None): "none"}  # fmt: skip
+             tuple: "a list of strings", Numbers: "a list of whole numbers",
+             type(None): "none"}  # fmt: skip
     wanted = " or ".join(names[k] for k in kinds)
     raise UsageError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _parts(value: Any, alone: bool) -> tuple | None:
+    """A list's entries, or those of a string with commas (``alone``: or without); else None."""
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    if isinstance(value, str) and ("," in value or alone):
+        return tuple(part.strip() for part in value.strip("[]").split(",") if part.strip())
+    return None
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(value)
+    return int(value)
+
+
+class Numbers:
+    """Stands for tuple[int, ...] among a field's kinds."""
 
 
 @functools.cache
@@ -243,6 +274,7 @@ def _kinds(owner: type, name: str) -> list[type]:
     """Plain types of a field, those that parse most strictly first."""
     hint = typing.get_type_hints(owner)[name]
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    plain = {typing.get_origin(part) or part for part in parts}
-    order = [bool, int, float, tuple, str, type(None)]
+    whole = tuple[int, ...]
+    plain = {Numbers if part == whole else typing.get_origin(part) or part for part in parts}
+    order = [bool, int, float, Numbers, tuple, str, type(None)]
     return [kind for kind in order if kind in plain]

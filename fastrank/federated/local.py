@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,14 @@ from torch import Tensor
 
 from fastrank.federated.cohort import derive_seed, make_batches
 from fastrank.federated.methods.base import LocalPlan, LocalResult
+from fastrank.federated.ranks import (
+    HeldRanks,
+    RankScores,
+    is_factor,
+    mask_of,
+    module_of,
+    rank_major,
+)
 from fastrank.layers.stacked import KeyedDropout
 
 if TYPE_CHECKING:
@@ -112,10 +121,13 @@ def train_client(
     model.set_training(base_dropout=options.base_dropout)
     # adapters drop by client, example, token and column, whoever else is in the batch
     keyed = KeyedDropout(model.model, () if options.base_dropout else plan.trainable)
+    factors = {name: p for name, p in parameters.items() if is_factor(name)}
+    scores = None if plan.scores is None else RankScores(plan.scores)
+    held = _held(plan, factors, options)
     total, seen = torch.zeros((), dtype=torch.float64, device=model.device), 0
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), keyed:
+        with torch.random.fork_rng(devices=devices), keyed, model.training_ranks(plan.ranks):
             for step, batch_indices in enumerate(batches):
                 seed = derive_seed("step", options.seed, round, client, step)
                 torch.manual_seed(seed)
@@ -124,9 +136,15 @@ def train_client(
                     group["lr"] = rate * pace(options, step, len(batches))
                 batch = model.collate(examples, indices[batch_indices])
                 loss = task_loss(model.logits(batch), batch["labels"])
-                loss.backward()
+                whole = loss if plan.penalty is None else loss + plan.penalty(parameters)
+                whole.backward()
+                if scores is not None:
+                    for name, p in factors.items():
+                        scores.add(name, *(rank_major(name, t) for t in (p.detach(), p.grad)))
                 torch.nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm)
                 optimizer.step()
+                if held is not None:
+                    held.restore()
                 optimizer.zero_grad(set_to_none=True)
                 total += loss.detach() * len(batch_indices)  # read once, after the last step
                 seen += len(batch_indices)
@@ -142,6 +160,18 @@ def train_client(
         num_examples=len(indices),
         num_steps=len(batches),
         train_loss=float(total) / max(seen, 1),
+        scores={} if scores is None else {name: scores.of(name) for name in factors},
+    )
+
+
+def _held(
+    plan: LocalPlan, factors: Mapping[str, Tensor], options: LocalOptions
+) -> HeldRanks | None:
+    """What puts untrained ranks back, where weight decay would move them."""
+    if plan.ranks is None or not options.weight_decay:
+        return None
+    return HeldRanks(
+        (rank_major(n, p), mask_of(plan.ranks, module_of(n))) for n, p in factors.items()
     )
 
 

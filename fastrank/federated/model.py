@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastrank.errors import UsageError
 from fastrank.federated.cohort import derive_seed
 from fastrank.federated.quiet import quiet
+from fastrank.federated.ranks import RankMask, mask_of
 from fastrank.layers.fused import FusedLayer
 
 if TYPE_CHECKING:
@@ -206,6 +207,19 @@ class ResidentModel:
             if scale is not None:
                 for layer, own in zip(layers, before, strict=True):
                     layer.scaling.update(own)
+
+    @contextmanager
+    def training_ranks(self, ranks: RankMask | None) -> Iterator[None]:
+        """Only these ranks of the adapters learn in here; None: all of them."""
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, FusedLayer)}
+        try:
+            if ranks is not None:
+                for name, layer in layers.items():
+                    layer._fastrank.trainable = mask_of(ranks, name)
+            yield
+        finally:
+            for layer in layers.values():
+                layer._fastrank.trainable = None
 
     # -- running ---------------------------------------------------------------------------------
 

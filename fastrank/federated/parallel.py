@@ -136,6 +136,8 @@ class ClientParallel:
     def _reason(self, jobs: Sequence[Job]) -> str | None:
         """Why these clients can't go through one base, or None."""
         first = jobs[0]
+        if first.plan.penalty is not None:
+            return "the method adds a penalty to each client's loss"
         shared = [name for name in first.values if name not in first.plan.trainable]
         for job in jobs[1:]:
             for name in shared:
@@ -221,6 +223,8 @@ def _alike(jobs: Sequence[Job]) -> list[list[Job]]:
     """Jobs by the names and rates they train."""
     kinds: dict[tuple, list[Job]] = {}
     for job in jobs:
-        key = (job.plan.trainable, tuple(sorted(job.plan.learning_rates.items())))
+        plan = job.plan
+        rates = tuple(sorted(plan.learning_rates.items()))
+        key = (plan.trainable, rates, plan.scores, plan.penalty is None)
         kinds.setdefault(key, []).append(job)
     return list(kinds.values())

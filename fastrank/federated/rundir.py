@@ -17,6 +17,7 @@ import torch
 from fastrank._version import __version__
 from fastrank.errors import UsageError
 from fastrank.federated.checkpoint import Checkpoint, write_atomic
+from fastrank.federated.config import option_values
 from fastrank.federated.export import save_result
 from fastrank.federated.ledger import Ledger
 
@@ -59,7 +60,7 @@ def create(folder: Path, description: dict[str, Any]) -> None:
 def describe(simulation: Simulation) -> dict[str, Any]:
     """config.json: the resolved options, versions, and fingerprints of data and partition."""
     sizes = [len(indices) for indices in simulation.partition]
-    options = dataclasses.asdict(simulation.config) | dataclasses.asdict(simulation.method)
+    options = dataclasses.asdict(simulation.config) | option_values(simulation.method)
     options["output_dir"] = None  # the folder may be moved; its place decides nothing
     options["num_threads"] = torch.get_num_threads()
     packages = ("torch", "transformers", "peft", "numpy", "tokenizers", "triton")
@@ -151,6 +152,7 @@ def finish(
     folder, rows, model = simulation.output_dir, checkpoint.rows, simulation.model
     ledger = Ledger(rows)
     ledger.write(folder / "rounds.csv")
+    write_metrics(folder, checkpoint.facts)
     result = save_result(model, folder)
     seq_cls = simulation.data.task == "seq-cls"
     summary = {
@@ -177,6 +179,13 @@ def finish(
     }  # fmt: skip
     write_atomic(folder / "summary.json", _json(summary))
     return summary
+
+
+def write_metrics(folder: Path, facts: dict[str, Any]) -> None:
+    """metrics.jsonl: a line for each round of which the method recorded something."""
+    if recorded := facts.get("metrics"):
+        lines = [json.dumps(entry, sort_keys=True) for entry in recorded]
+        write_atomic(folder / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
 
 
 def _draw_curve(rows: list[dict[str, Any]], path: Path, title: str) -> bool:

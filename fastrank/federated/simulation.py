@@ -29,7 +29,7 @@ from fastrank.federated.config import Config, resolve
 from fastrank.federated.exchange import Exchange
 from fastrank.federated.ledger import Ledger, Meter
 from fastrank.federated.local import LocalOptions, evaluate
-from fastrank.federated.methods.base import Method, ServerState, Update
+from fastrank.federated.methods.base import Method, Run, ServerState, Update
 from fastrank.federated.model import ResidentModel, load_resident
 from fastrank.federated.parallel import make_executor
 from fastrank.federated.partition import make_partition
@@ -115,6 +115,8 @@ class Simulation:
         self.train = encode(self.data.train, tokenizer, task, config.max_length)
         self.test = encode(self.data.test, tokenizer, task, config.max_length)
         self.partition = self._split()
+        run = Run(config.num_rounds, len(self.partition), config.clients_per_round, config.seed)
+        self.method = self.method.in_run(run)
         state = self.method.init(self.model, config.seed)
         options = LocalOptions(
             seed=config.seed,
@@ -275,7 +277,10 @@ class Simulation:
             )
             first = next(updates, None)
             if first is not None:  # else every client was dropped and the state stays
-                state, _ = method.aggregate(state, itertools.chain([first], updates), t)
+                state, metrics = method.aggregate(state, itertools.chain([first], updates), t)
+                if metrics:
+                    recorded = [*facts.get("metrics", []), {"round": t + 1, **metrics}]
+                    facts["metrics"] = recorded
             last = t + 1 == config.num_rounds
             score = {"loss": None, "accuracy": None}
             if last or (t + 1) % config.eval_every == 0:
@@ -299,6 +304,7 @@ class Simulation:
             if last or (t + 1) % config.checkpoint_every == 0:
                 save_checkpoint(self.output_dir, checkpoint, config.keep_checkpoints)
                 ledger.write(self.output_dir / "rounds.csv")
+                rundir.write_metrics(self.output_dir, facts)
             self._tell("on_round_end", row)
         return self._finish(checkpoint)
 
@@ -309,13 +315,13 @@ class Simulation:
         if zeroed is not None:
             self._tell("on_stage", "evaluating with the adapters zeroed")
             without = self._evaluate(dataclasses.replace(state, tensors=zeroed), None)["accuracy"]
-        self.model.load(state.tensors)
+        self.method.finish(self.model, state)
         summary = rundir.finish(self, checkpoint, without)
         self._tell("on_end", summary)
         return RunResult(summary, checkpoint.rows, self.output_dir, self.model)
 
     def _evaluate(self, state: ServerState, limit: int | None) -> dict[str, float]:
-        self.model.load(state.tensors)
+        self.method.show(self.model, state)
         return evaluate(self.model, self.test, self.config.per_device_eval_batch_size, limit)
 
     def _tell(self, hook: str, *args: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,9 @@ from fastrank.federated.local import LocalOptions, at_least_fp32, pace
 from fastrank.federated.methods.base import LocalPlan, LocalResult
 from fastrank.federated.model import server_copy
 from fastrank.federated.passes import buckets
+from fastrank.federated.ranks import HeldRanks, RankScores, is_factor, mask_of, module_of
 from fastrank.federated.stacked_optimizer import StackedOptimizer
-from fastrank.layers.stacked import Stack
+from fastrank.layers.stacked import Stack, StackedTensor
 
 if TYPE_CHECKING:
     from fastrank.data import Encoded
@@ -62,7 +63,11 @@ def train_together(
             plan.trainable,
             [{**job.values, **job.plan.start} for job in ordered],
             [job.plan.scale for job in ordered],
+            _masks(ordered) if any(job.plan.ranks is not None for job in ordered) else None,
         )
+        factors = [tensor for tensor in stack.trained if is_factor(tensor.name)]
+        scores = None if plan.scores is None else RankScores(plan.scores)
+        held = _held(ordered, factors, options)
         rates = [plan.learning_rates[tensor.name] for tensor in stack.trained]
         optimizer = StackedOptimizer(stack.trained, rates, options.optimizer, options.weight_decay)
         totals = torch.zeros(len(jobs), dtype=torch.float64, device=model.device)
@@ -75,9 +80,14 @@ def train_together(
                 )
                 sizes = [len(job.batches[step]) for job in training]
                 totals[: len(training)] += losses * torch.tensor(sizes, device=model.device)
+                if scores is not None:
+                    for tensor in factors:
+                        scores.add(tensor.name, tensor.leaf.detach(), tensor.leaf.grad)
                 optimizer.clip(len(training), options.max_grad_norm)
                 paces = [pace(options, step, len(job.batches)) for job in training]
                 optimizer.step(len(training), paces)
+                if held is not None:
+                    held.restore()
     finally:
         model.model.eval()
     results: dict[int, LocalResult] = {}
@@ -90,8 +100,42 @@ def train_together(
             num_examples=job.num_examples,
             num_steps=len(job.batches),
             train_loss=total / max(seen, 1),
+            scores=_scores_of(scores, factors, place),
         )
     return [results[i] for i in range(len(jobs))]
+
+
+def _masks(jobs: Sequence[Job]) -> Callable[[str], list[Tensor | None]]:
+    """Each client's ranks that learn, by module."""
+
+    def of(module: str) -> list[Tensor | None]:
+        plans = [job.plan.ranks for job in jobs]
+        return [None if ranks is None else mask_of(ranks, module) for ranks in plans]
+
+    return of
+
+
+def _held(
+    jobs: Sequence[Job], factors: Sequence[StackedTensor], options: LocalOptions
+) -> HeldRanks | None:
+    """What puts untrained ranks back, where weight decay would move them."""
+    if not options.weight_decay or all(job.plan.ranks is None for job in jobs):
+        return None
+    masks = _masks(jobs)
+    return HeldRanks(
+        (tensor.of(place), mask)
+        for tensor in factors
+        for place, mask in enumerate(masks(module_of(tensor.name)))
+    )
+
+
+def _scores_of(
+    scores: RankScores | None, factors: Sequence[StackedTensor], place: int
+) -> dict[str, Tensor]:
+    """One client's scores, by factor."""
+    if scores is None:
+        return {}
+    return {t.name: scores.of(t.name).split(t.parts)[place].clone() for t in factors}
 
 
 def _accumulate(

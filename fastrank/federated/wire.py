@@ -14,7 +14,7 @@ before a tensor is made; nothing is ever unpickled.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ VERSION = 1
 DEFAULT_MAX_BYTES = 1 << 34  # a 7-billion-parameter model in 16 bits fits
 MAX_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
 MAX_DIM = 2**63 - 1
+MAX_DEPTH = 64  # of lists and objects in each other; Python's own limit depends on who calls
 
 # the tags are safetensors'
 _DTYPES = {
@@ -118,12 +119,15 @@ def from_bytes(
     *,
     expect: Spec | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
+    check: Callable[[Spec, dict[str, Any]], None] | None = None,
 ) -> Payload:
     """The payload of a message; its tensors lie on the CPU in memory of their own.
 
     Args:
         expect: names, shapes and dtypes the message must have, no more and no less.
         max_bytes: longer messages are refused unread.
+        check: called with what the tensors will be and the metadata; raises WireError for what a
+            format on top of this one doesn't take (packed_wire.py).
 
     Raises:
         WireError: whatever is wrong with the bytes, before any tensor is made from them.
@@ -146,6 +150,9 @@ def from_bytes(
         raise WireError("checksum mismatch: the message was changed on its way; send it again")
     if expect is not None:
         _check_expected(table, expect)
+    if check is not None:
+        shapes = {n: (tuple(one["shape"]), _DTYPES[one["dtype"]]) for n, one in table.items()}
+        check(shapes, metadata)
     return Payload({name: _tensor(name, table[name], body) for name in sorted(table)}, metadata)
 
 
@@ -214,16 +221,18 @@ def _digest(table: dict[str, Any], metadata: dict[str, Any], chunks: Iterable[me
     return sha.hexdigest()
 
 
-def _check_json(value: Any, where: str) -> None:
+def _check_json(value: Any, where: str, depth: int = 1) -> None:
     """Refuse what JSON would drop, change or not give back equal: NaN, tuples, int keys, ..."""
+    if depth > MAX_DEPTH:
+        raise WireError(f"metadata is nested deeper than {MAX_DEPTH}; make it flatter")
     if isinstance(value, dict):
         for key, item in value.items():
             if type(key) is not str:
                 raise WireError(f"{where} has the key {key!r}; JSON keys are strings")
-            _check_json(item, f"{where}[{key!r}]")
+            _check_json(item, f"{where}[{key!r}]", depth + 1)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            _check_json(item, f"{where}[{i}]")
+            _check_json(item, f"{where}[{i}]", depth + 1)
     elif type(value) is float:
         if value - value != 0.0:
             raise WireError(f"{where} is {value}; metadata holds finite numbers")
@@ -282,7 +291,22 @@ def _loads(text: bytes | str, what: str) -> dict[str, Any]:
         raise WireError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise WireError(f"{what} is a JSON {type(value).__name__}; expected an object")
+    _check_depth(value, what)
     return value
+
+
+def _check_depth(value: dict[str, Any], what: str) -> None:
+    """Refuse nesting that reading survives but writing it out again for the checksum may not."""
+    level: list[Any] = [value]
+    # metadata lies two levels down in its record
+    for _ in range(MAX_DEPTH + 2):
+        level = [x for x in level if isinstance(x, (dict, list))]
+        level = [
+            x for outer in level for x in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise WireError(f"{what} is nested deeper than {MAX_DEPTH}")
 
 
 def _check_table(table: dict[str, Any], size: int) -> None:

@@ -70,6 +70,7 @@ class LayerState:
         number: the last one-element parameter read (AdaLoRA's ranknum).
         frozen: adapters whose ranknum was trainable before `patch` froze it.
         siblings: the layers under the same parent, where some may share an input.
+        trainable: ranks that learn, bool `[r]`; None for all. The others keep their values.
     """
 
     name: str = ""
@@ -80,6 +81,7 @@ class LayerState:
     number: Number | None = None
     frozen: list[str] = field(default_factory=list)
     siblings: "Siblings | None" = None
+    trainable: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the layer has parts of its own

@@ -114,7 +114,7 @@ class FusedLayer:
 
     def _approved(self, x: Tensor, operands: Operands, state: LayerState) -> Tensor:
         """A call that the memo approves: by what siblings have computed, or on its own."""
-        if state.siblings is not None:
+        if state.siblings is not None and state.trainable is None:
             result = state.siblings.take(self, x)
             if result is not None:
                 return result
@@ -180,6 +180,7 @@ class FusedLayer:
             b,
             scale=scale,
             e=e,
+            trainable=state.trainable,
             dropout_p=dropout_p,
             precision=state.precision,
             backend=state.backend,

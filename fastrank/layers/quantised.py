@@ -52,6 +52,7 @@ class OwnForwardBase:
             operands.B,
             scale=scale,
             e=e,
+            trainable=state.trainable,
             dropout_p=operands.dropout_p,
             precision=state.precision,
             backend=state.backend,

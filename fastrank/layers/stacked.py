@@ -8,7 +8,7 @@ layers answer in place of the modules' own ``forward`` while a ``Stack`` is ente
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -135,6 +135,7 @@ class StackedLora(_Stacked):
         clients: Sequence[Mapping[str, Tensor]],
         trainable: frozenset[str],
         scales: Sequence[float | None],
+        masks: Sequence[Tensor | None],
         index: int,
     ) -> None:
         super().__init__(module, running)
@@ -149,6 +150,12 @@ class StackedLora(_Stacked):
             values = [_turned(role, client.get(name, like)) for client in clients]
             self.tensors[role] = StackedTensor(name, values, like, name in trainable)
         self.ranks = self.tensors["A"].parts
+        self.trained_ranks = None
+        if any(mask is not None for mask in masks):
+            pairs = zip(masks, self.ranks, strict=True)
+            self.trained_ranks = torch.cat(
+                [torch.ones(r, dtype=torch.bool) if mask is None else mask for mask, r in pairs]
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, transposed, _, _, _, _, dropout_p = self._operands
@@ -167,6 +174,7 @@ class StackedLora(_Stacked):
             ranks=self.ranks[:n],
             scale=self._scales[:n],
             e=None if e is None else e.leaf.flatten(),
+            trainable=self._trained(n),
             dropout_p=dropout_p if drops else 0.0,
             seeds=running.layer_seeds(self._index) if drops else None,
             row_ids=running.row_ids(count, x.device) if drops else None,
@@ -174,6 +182,10 @@ class StackedLora(_Stacked):
             precision=state.precision,
             packed=self._packed,
         )
+
+    def _trained(self, clients: int) -> Tensor | None:
+        mask = self.trained_ranks
+        return None if mask is None else mask[: sum(self.ranks[:clients])]
 
     def read(self, name: str, client: int) -> Tensor:
         role = next(role for role, own in self._names.items() if own == name)
@@ -253,6 +265,8 @@ class Stack:
         clients: each client's values by name; what is missing is the model's own. Factors of
             another rank than the model's are fine.
         scales: of each client's branches; None for the model's own.
+        masks: gives, for a module's path, the ranks of each client that learn: bool `[R]`, or None
+            for all.
 
     Raises:
         ValueError: a parameter that can't be stacked; `why_not` says it without raising.
@@ -264,6 +278,7 @@ class Stack:
         names: Iterable[str],
         clients: Sequence[Mapping[str, Tensor]],
         scales: Sequence[float | None] | None = None,
+        masks: Callable[[str], Sequence[Tensor | None]] | None = None,
     ) -> None:
         names = frozenset(names)
         owners = _owners(model, names)
@@ -277,8 +292,10 @@ class Stack:
         for index, (module, own) in enumerate(owners):
             if isinstance(module, FusedLayer):
                 operands = module.plan().operands
+                path = own["A"].partition(".lora_A")[0]
+                trained = [None] * len(clients) if masks is None else masks(path)
                 stacked = StackedLora(
-                    module, self.running, operands, own, clients, names, scales, index
+                    module, self.running, operands, own, clients, names, scales, trained, index
                 )
             else:
                 like = {role: getattr(module, role) for role in own}
@@ -432,6 +449,7 @@ class _KeyedForward:
             ranks=(a.shape[0],),
             scale=scale,
             e=e,
+            trainable=state.trainable,
             dropout_p=dropout_p,
             seeds=running.layer_seeds(self.index) if dropout_p else None,
             row_ids=running.row_ids(count, x.device) if dropout_p else None,

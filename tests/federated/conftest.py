@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WORDS = [f"w{i}" for i in range(60)]
 LABELS = ("birds", "fish", "trees")
+
+sys.path.append(str(Path(__file__).parent))  # side_by_side
 
 
 def make_tokenizer(folder: Path) -> None:

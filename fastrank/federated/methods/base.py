@@ -7,20 +7,30 @@ from 0 here, as t in the papers; ``rounds.csv`` counts from 1.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from fastrank.errors import UsageError
+from fastrank.federated.ranks import RankMask
 from fastrank.federated.wire import Payload
 
 if TYPE_CHECKING:
     from fastrank.federated.model import ResidentModel
 
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Run(NamedTuple):
+    """What a method may know of the run it is part of."""
+
+    num_rounds: int
+    num_clients: int
+    clients_per_round: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -47,17 +57,27 @@ class LocalPlan:
     ``trainable`` names parameters; those outside it are frozen. ``start`` overrides received values
     (what a client keeps for itself). ``learning_rates`` maps a parameter name to its rate.
     ``scale`` is what this client's adapter branches are multiplied by; None leaves the model's own.
+    ``penalty`` maps the live parameters to a number that is added to every step's loss; clients
+    that have one train one after another. ``ranks`` are the adapters' ranks that learn (a bool mask
+    for all modules, or one each): the others take part, without dropout, and keep every bit.
+    ``scores`` asks how much each rank matters (one of `ranks.SCORES`); the answer is in the result.
     """
 
     trainable: tuple[str, ...]
     learning_rates: Mapping[str, float]
     start: Mapping[str, Tensor] = field(default_factory=dict)
     scale: float | None = None
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    ranks: RankMask | None = None
+    scores: str | None = None
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training left behind: trained values (CPU) and plain measurements."""
+    """What local training left behind: trained values (CPU) and plain measurements.
+
+    ``scores``: factor name -> a score for each of its ranks, where the plan asked for them.
+    """
 
     client: int
     round: int
@@ -65,6 +85,7 @@ class LocalResult:
     num_examples: int
     num_steps: int
     train_loss: float
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,7 @@ class Method(ABC):
         learning_rate: client rate; by default what suits the method.
         head_learning_rate: client rate of the task head; by default what suits the method.
         wire_dtype: dtype of values on the wire: "float32", "bfloat16" or "float16".
+        run: the run it is part of, set by the simulation; no option.
     """
 
     weighting: str = "samples"
@@ -95,6 +117,7 @@ class Method(ABC):
     learning_rate: float | None = None
     head_learning_rate: float | None = None
     wire_dtype: str = "float32"
+    run: Run | None = field(default=None, repr=False, kw_only=True, metadata={"hidden": True})
 
     name: ClassVar[str] = ""
     default_learning_rate: ClassVar[float] = 1e-3
@@ -115,6 +138,19 @@ class Method(ABC):
             wanted = ", ".join(allowed)
             raise UsageError(f"{self.name}: {option} must be one of {wanted}; got {value!r}")
 
+    def in_run(self, run: Run) -> Self:
+        """This method as part of a run; called before `init`.
+
+        Raises:
+            UsageError: options that don't fit the run, such as a stage longer than it.
+        """
+        placed = replace(self, run=run)
+        placed.check_run()
+        return placed
+
+    def check_run(self) -> None:  # noqa: B027  a hook, empty unless options depend on the run
+        """Raise a UsageError where options don't fit ``self.run``."""
+
     # -- the server's side ---------------------------------------------------------------------
 
     @abstractmethod
@@ -125,6 +161,14 @@ class Method(ABC):
         self, model: ResidentModel, state: ServerState, round: int
     ) -> None:
         """Bring the resident model into the shape this round needs (nothing, for most methods)."""
+
+    def show(self, model: ResidentModel, state: ServerState) -> None:
+        """Bring the global model into the resident one, to be evaluated or exported."""
+        model.load(state.tensors)
+
+    def finish(self, model: ResidentModel, state: ServerState) -> None:
+        """Bring the result into a form that PEFT or transformers loads; the run is over."""
+        self.show(model, state)
 
     def shares_base(self, round: int) -> bool:
         """May the clients of this round go through one frozen base?"""
@@ -147,8 +191,11 @@ class Method(ABC):
 
     def aggregate(
         self, state: ServerState, updates: Iterable[Update], round: int
-    ) -> tuple[ServerState, dict[str, float]]:
-        """New global tensors from the round's valid updates (at least one), read lazily."""
+    ) -> tuple[ServerState, dict[str, Any]]:
+        """New global tensors from the round's valid updates (at least one), read lazily.
+
+        Also what the method wants recorded of the round, plain JSON values: metrics.jsonl.
+        """
         mean = weighted_mean(updates, self.weighting)
         return replace(state, tensors={**state.tensors, **mean}), {}
 
