@@ -8,7 +8,7 @@ numpy's or torch's global generators.
 import numpy as np
 
 # one stream per purpose, so that a cohort never shares its numbers with a batch order
-_PURPOSE = {"cohort": 1, "batch": 2, "init": 3, "step": 4}
+_PURPOSE = {"cohort": 1, "batch": 2, "init": 3, "step": 4, "ranks": 5, "select": 6}
 
 
 def derive_seed(purpose: str, *ids: int) -> int:

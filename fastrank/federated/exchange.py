@@ -60,7 +60,7 @@ class Exchange:
             self.traffic.bytes_down += len(data)
             self.traffic.payload_down += payload.payload_bytes
             self.traffic.head_down += payload.bytes_of(self.state.head)
-        return from_bytes(data, max_bytes=len(data)).tensors
+        return self.method.received(from_bytes(data, max_bytes=len(data)))
 
     def receive(self, result: LocalResult) -> Update | None:
         """The client's update as the server reads it, or None if it had to be dropped."""

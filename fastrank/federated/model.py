@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastrank.errors import UsageError
 from fastrank.federated.cohort import derive_seed
 from fastrank.federated.quiet import quiet
-from fastrank.federated.ranks import RankMask, mask_of
+from fastrank.federated.ranks import RankMask, is_factor, mask_of
 from fastrank.layers.fused import FusedLayer
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ class ResidentModel:
     # -- values ----------------------------------------------------------------------------------
 
     def lora_names(self) -> list[str]:
-        """Names of all LoRA factors, in the model's order."""
-        return [n for n, _ in self.model.named_parameters() if ".lora_A." in n or ".lora_B." in n]
+        """Names of all adapters' factors, in the model's order."""
+        return [name for name, _ in self.model.named_parameters() if is_factor(name)]
 
     def adapted_modules(self) -> list[str]:
         """Names of the modules that carry adapters."""

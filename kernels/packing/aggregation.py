@@ -20,7 +20,7 @@ from torch import Tensor
 from fastrank.kernels.common import choose_backend
 from fastrank.kernels.packing import formats
 from fastrank.kernels.packing.mask import SparseMask
-from fastrank.kernels.packing.packed import Packed, scatter_add_, single, unpack
+from fastrank.kernels.packing.packed import Packed, scatter_add_, single, unpack, written
 
 # elements added at a time on a CPU: the sum and a client's values stay in a core's cache.
 # A multiple of every block of scales
@@ -71,7 +71,7 @@ def aggregate_dense(
 
     Args:
         packed, weights, normalize, backend: as for aggregate; masks may differ in everything but
-            their shape.
+            their shape and tensor.
         out: contiguous fp32 tensor of that shape, overwritten; None for a new one.
 
     Raises:
@@ -119,7 +119,7 @@ def _dense(
 
         out = torch.empty(shape, dtype=torch.float32, device=device) if out is None else out
         launchers.aggregate_dense(_alike(packed), weights, out)
-        torch.autograd.graph.increment_version(out)
+        written(out)
         return out
     out = torch.zeros(shape, dtype=torch.float32, device=device) if out is None else out.zero_()
     if shared:

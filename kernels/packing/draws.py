@@ -31,8 +31,10 @@ MASK, ROUNDING, SKETCH, REFILL = 1, 2, 3, 4
 # the range of c3's low bits
 ROUNDS = 1 << 24
 
-# blocks drawn at a time: seven arrays of 64 KiB stay in a core's own cache
-_PIECE = 8192
+# blocks drawn at a time: seven arrays of 64 KiB, which stay in a core's own cache and come from
+# memory that a process has already; in long draws longer ones, whose fresh pages pay
+_PIECE, _LONG_PIECE = 8192, 32768
+_LONG = 32 * _PIECE
 
 _A, _B = np.uint64(ROUND_A), np.uint64(ROUND_B)
 _LOW, _HALF = np.uint64(MASK32), np.uint64(32)
@@ -93,11 +95,12 @@ def blocks(source: Stream, first: int, count: int) -> Iterator[tuple[int, tuple[
     Yields:
         the words as uint32 values in uint64 arrays, valid until the next piece is asked for.
     """
-    memory = _Memory(min(count, _PIECE))
+    size = _PIECE if count < _LONG else _LONG_PIECE
+    memory = _Memory(min(count, size))
     end = first + count
     while first < end:
         # a piece has one c1
-        stop = min(end, first + _PIECE, ((first >> 32) + 1) << 32)
+        stop = min(end, first + size, ((first >> 32) + 1) << 32)
         yield first, memory.draw(source, first, stop - first)
         first = stop
 

@@ -2,8 +2,8 @@
 
 Positions of a stratified mask are drawn where they are used, from one word each, and never stored;
 those of a Bernoulli mask, and memory offsets in a strided tensor, are loaded. Bits are those of
-plain torch (formats.py, packed.py, aggregation.py): divisions are rounded correctly, launches switch
-off fused multiply-adds, and int8 travels as bytes. Nothing here adds floats atomically.
+plain torch (formats.py, packed.py, aggregation.py): divisions are rounded correctly, launches
+switch off fused multiply-adds, and int8 travels as bytes. Nothing here adds floats atomically.
 
 32-bit words come as int32 with the same bits, since an argument's type follows its magnitude.
 """
@@ -22,6 +22,28 @@ _ROUNDING_WORDS = ["rounding_low", "rounding_high", "rounding_c2", "rounding_c3"
 def join_seed(low, high):
     """The 64-bit seed of two words: uint64."""
     return (high.to(tl.uint32).to(tl.uint64) << 32) | low.to(tl.uint32).to(tl.uint64)
+
+
+@triton.jit
+def load_run(ptr, first, count, ITEMS: tl.constexpr):
+    """ptr[first : first + ITEMS], 0 from count on. A mask that may end anywhere would make each
+    access as narrow as an item, so runs without the end in them go without."""
+    j = first + tl.arange(0, ITEMS)
+    if first + ITEMS <= count:
+        value = tl.load(ptr + j)
+    else:
+        value = tl.load(ptr + j, mask=j < count, other=0)
+    return value
+
+
+@triton.jit
+def store_run(ptr, value, first, count, ITEMS: tl.constexpr):
+    """ptr[first : first + ITEMS] = value, below count."""
+    j = first + tl.arange(0, ITEMS)
+    if first + ITEMS <= count:
+        tl.store(ptr + j, value)
+    else:
+        tl.store(ptr + j, value, mask=j < count)
 
 
 @triton.jit
@@ -62,13 +84,13 @@ def positions_tile(
     DRAWN: tl.constexpr,
 ):
     """Where items first, first + 1, ... are: int64 (ITEMS), drawn or loaded."""
-    j = first + tl.arange(0, ITEMS)
     if DRAWN:
+        j = first + tl.arange(0, ITEMS)
         seed = join_seed(key_low, key_high)
         chosen = chosen_tile(seed, c2, c3, stratum, last, nnz, first, ITEMS)
         return j * stratum.to(tl.uint32).to(tl.int64) + chosen.to(tl.int64)
     else:
-        return tl.load(positions_ptr + j, mask=j < nnz, other=0)
+        return load_run(positions_ptr, first, nnz, ITEMS)
 
 
 @triton.jit(do_not_specialize=_MASK_WORDS)
@@ -85,11 +107,10 @@ def packing_positions_kernel(
 ):
     """out (nnz) = positions of a stratified mask, int64."""
     first = tl.program_id(0).to(tl.int64) * ITEMS
-    j = first + tl.arange(0, ITEMS)
     found = positions_tile(
         out_ptr, key_low, key_high, c2, c3, stratum, last, nnz, first, ITEMS, True
     )
-    tl.store(out_ptr + j, found, mask=j < nnz)
+    store_run(out_ptr, found, first, nnz, ITEMS)
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "c2", "c3", "threshold", "numel"])
@@ -157,11 +178,11 @@ def packing_pack_kernel(
         value = round_bf16(value, INTERPRET)
     nan = value != value
     infinite = tl.abs(value) == float("inf")
-    nans = tl.sum(nan.to(tl.int32), 0)
-    infinities = tl.sum(infinite.to(tl.int32), 0)
-    if nans + infinities > 0:  # whole numbers: their order doesn't matter
-        tl.atomic_add(status_ptr, nans.to(tl.int64))
-        tl.atomic_add(status_ptr + 1, infinities.to(tl.int64))
+    # both counts in one sum; neither reaches 2**16
+    counts = tl.sum(nan.to(tl.int32) + (infinite.to(tl.int32) << 16), 0)
+    if counts > 0:  # whole numbers: their order doesn't matter
+        tl.atomic_add(status_ptr, (counts & 0xFFFF).to(tl.int64))
+        tl.atomic_add(status_ptr + 1, (counts >> 16).to(tl.int64))
     value = tl.where(nan | infinite, 0.0, value)
 
     if FORMAT == "fp16" or FORMAT == "int8":
@@ -190,9 +211,9 @@ def packing_pack_kernel(
             stored = ratio.to(tl.int8).to(tl.uint8, bitcast=True)
         o_r = i_tile * ROWS + tl.arange(0, ROWS)
         tl.store(scale_ptr + o_r, scale, mask=o_r * BLOCK < nnz)
-        tl.store(out_ptr + j, tl.reshape(stored, (ITEMS,)), mask=inside)
+        store_run(out_ptr, tl.reshape(stored, (ITEMS,)), first, nnz, ITEMS)
     else:
-        tl.store(out_ptr + j, value.to(out_ptr.dtype.element_ty), mask=inside)
+        store_run(out_ptr, value.to(out_ptr.dtype.element_ty), first, nnz, ITEMS)
 
 
 @triton.jit
@@ -211,19 +232,21 @@ def round_bf16(value, INTERPRET: tl.constexpr):
 def decoded_tile(
     values_ptr,
     scale_ptr,
-    j,
-    inside,
+    first,
+    nnz,
     SCALED: tl.constexpr,
     BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
+    ITEMS: tl.constexpr,
 ):
-    """Values j as fp32. BYTES: they are int8, given as bytes."""
-    value = tl.load(values_ptr + j, mask=inside, other=0)
+    """Values first, first + 1, ... as fp32. BYTES: they are int8, given as bytes."""
+    value = load_run(values_ptr, first, nnz, ITEMS)
     if BYTES:
         value = value.to(tl.int8, bitcast=True)
     value = value.to(tl.float32)
     if SCALED:
-        value = value * tl.load(scale_ptr + j // BLOCK, mask=inside, other=1.0)
+        j = first + tl.arange(0, ITEMS)
+        value = value * tl.load(scale_ptr + j // BLOCK, mask=j < nnz, other=1.0)
     return value
 
 
@@ -255,7 +278,8 @@ def packing_unpack_kernel(
     at = positions_tile(
         positions_ptr, key_low, key_high, c2, c3, stratum, last, nnz, first, ITEMS, DRAWN
     )
-    added = decoded_tile(values_ptr, scale_ptr, j, inside, SCALED, BYTES, BLOCK) * weight
+    value = decoded_tile(values_ptr, scale_ptr, first, nnz, SCALED, BYTES, BLOCK, ITEMS)
+    added = value * weight
     p_dense = dense_ptr + at
     total = tl.load(p_dense, mask=inside, other=0.0).to(tl.float32) + added
     if dense_ptr.dtype.element_ty == tl.bfloat16:
@@ -272,13 +296,15 @@ _COLUMNS = tl.constexpr(6)
 @triton.jit
 def client_tile(
     row_ptr,
-    j,
-    inside,
+    first,
+    nnz,
     SCALED: tl.constexpr,
+    BYTES: tl.constexpr,
     TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ITEMS: tl.constexpr,
 ):
-    """weight * values j of the client whose row of the table this is: fp32.
+    """weight * values of the client whose row of the table this is: fp32 (ITEMS).
 
     The table holds addresses of buffers aligned to 16 bytes, and the bits of the fp32 weight.
     """
@@ -286,8 +312,7 @@ def client_tile(
     values_ptr = tl.multiple_of(values_ptr, 16)
     scale_ptr = tl.load(row_ptr + _SCALE).to(tl.pointer_type(tl.float32))
     weight = tl.load(row_ptr + _WEIGHT).to(tl.int32).to(tl.float32, bitcast=True)
-    BYTES: tl.constexpr = TYPE == tl.uint8
-    return decoded_tile(values_ptr, scale_ptr, j, inside, SCALED, BYTES, BLOCK) * weight
+    return decoded_tile(values_ptr, scale_ptr, first, nnz, SCALED, BYTES, BLOCK, ITEMS) * weight
 
 
 @triton.jit(do_not_specialize=["nnz", "clients"])
@@ -297,17 +322,18 @@ def packing_aggregate_kernel(
     nnz,
     clients,
     SCALED: tl.constexpr,
+    BYTES: tl.constexpr,
     TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
     """out (nnz) = sum of clients' values, one after another; all have one mask."""
-    j = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
-    inside = j < nnz
+    first = tl.program_id(0).to(tl.int64) * ITEMS
     acc = tl.zeros((ITEMS,), dtype=tl.float32)
     for client in range(0, clients):
-        acc += client_tile(table_ptr + client * _COLUMNS, j, inside, SCALED, TYPE, BLOCK)
-    tl.store(out_ptr + j, acc, mask=inside)
+        row_ptr = table_ptr + client * _COLUMNS
+        acc += client_tile(row_ptr, first, nnz, SCALED, BYTES, TYPE, BLOCK, ITEMS)
+    store_run(out_ptr, acc, first, nnz, ITEMS)
 
 
 @triton.jit(do_not_specialize=["stratum", "last", "nnz", "numel", "clients"])
@@ -320,6 +346,7 @@ def packing_aggregate_masks_kernel(
     numel,
     clients,
     SCALED: tl.constexpr,
+    BYTES: tl.constexpr,
     TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     STRATA: tl.constexpr,
@@ -340,7 +367,7 @@ def packing_aggregate_masks_kernel(
         c2, c3 = tl.load(row_ptr + _C2), tl.load(row_ptr + _C3)
         seed = tl.load(row_ptr + _SEED)
         chosen = chosen_tile(seed, c2, c3, stratum, last, nnz, first, STRATA)
-        value = client_tile(row_ptr, j, inside, SCALED, TYPE, BLOCK)
+        value = client_tile(row_ptr, first, nnz, SCALED, BYTES, TYPE, BLOCK, STRATA)
         acc += tl.where(chosen[:, None] == o_w[None, :], value[:, None], 0.0)
     S = stratum.to(tl.uint32).to(tl.int64)
     begin = j * S

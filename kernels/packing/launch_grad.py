@@ -1,4 +1,4 @@
-"""Launcher of the kernel of fused_grad.py: tiles, splits, and the order parts are added in."""
+"""Launchers of the kernels of fused_grad.py: tiles, splits, and the order parts are added in."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from fastrank.kernels.common.launch import (
     launch_options,
     split_count,
 )
-from fastrank.kernels.packing.fused_grad import masked_gradient_kernel
+from fastrank.kernels.packing.fused_grad import masked_gradient_kernel, overlay_kernel
 from fastrank.kernels.packing.mask import SparseMask
 from fastrank.kernels.packing.overlay import Places
 
@@ -27,6 +27,8 @@ _TL_DTYPES = {
 # parts are packed, so many of them cost little; each should have a few tiles of rows to add up
 _MOST_SPLITS = 16
 _LEAST_TILES = 4
+# entries of a program of the overlay, eight a thread
+_ITEMS, _OVERLAY_WARPS = 1024, 4
 
 
 class Tile(NamedTuple):
@@ -88,7 +90,8 @@ def masked_gradient(dy: Tensor, x: Tensor, places: Places, tile: Tile | None = N
         N=N,
         K=K,
         tiles=chunk,
-        **_mask_words(mask, tile.block_k),
+        slots=_slots(mask, tile.block_k),
+        **_mask_words(mask),
         stride_dm=dy.stride(0),
         stride_dn=dy.stride(1),
         stride_xm=x.stride(0),
@@ -121,15 +124,55 @@ def tile_for(operands: str, gpu: Gpu) -> Tile:
     return next(fits, several[-1])
 
 
-def _mask_words(mask: SparseMask, block_k: int) -> dict:
-    """What a stratified mask is drawn from, in int32s; ones for a mask whose positions are loaded.
+def overlay(weight: Tensor, values: Tensor, places: Places) -> Tensor:
+    """Add fp32 values `[nnz]`, nnz > 0, to the kept entries of weight `[N, K]`; what was there."""
+    originals = torch.empty(values.shape, dtype=weight.dtype, device=weight.device)
+    _overlay(weight, values.contiguous(), originals, places)
+    return originals
 
-    slots: how many strata the columns of a tile can touch.
+
+def restore(weight: Tensor, originals: Tensor, places: Places) -> None:
+    """Undo overlay, bit for bit."""
+    _overlay(weight, None, originals, places)
+
+
+def _overlay(weight: Tensor, values: Tensor | None, originals: Tensor, places: Places) -> None:
+    mask = places.mask
+    drawn = mask.scheme == "stratified"
+    launch(
+        overlay_kernel,
+        (cdiv(mask.nnz, _ITEMS),),
+        weight_ptr=weight,
+        values_ptr=values,
+        originals_ptr=originals,
+        positions_ptr=None if drawn else places.positions,
+        K=mask.shape[1],
+        **_mask_words(mask),
+        stride_n=weight.stride(0),
+        stride_k=weight.stride(1),
+        ITEMS=_ITEMS,
+        DRAWN=drawn,
+        RESTORE=values is None,
+        INTERPRET=interpreting(),
+        **launch_options(_OVERLAY_WARPS, 2, gpu_of(weight.device).hip),
+    )
+
+
+def _slots(mask: SparseMask, columns: int) -> int:
+    """How many strata a row of a tile of so many columns can touch; of no use for other masks."""
+    if mask.scheme != "stratified":
+        return 1
+    return (columns + mask.stratum - 2) // mask.stratum + 1
+
+
+def _mask_words(mask: SparseMask) -> dict:
+    """What a stratified mask is drawn from, in int32s; for others the strata are ones.
+
+    An argument's type follows its magnitude: as int32 with the same bits a word has one type.
     """
     drawn = mask.scheme == "stratified"
     S, last = (mask.stratum, mask.last_stratum) if drawn else (1, 1)
     (low, high), c2, c3 = mask.stream.key, mask.stream.c2, mask.stream.c3
     words = {"stratum": S, "last": last, "key_low": low, "key_high": high, "c2": c2, "c3": c3}
-    # an argument's type follows its magnitude: as int32 with the same bits it has one
     words = {name: word - (1 << 32) if word >= 1 << 31 else word for name, word in words.items()}
-    return words | {"nnz": mask.nnz, "slots": (block_k + S - 2) // S + 1}
+    return words | {"nnz": mask.nnz}

@@ -227,7 +227,8 @@ def _table(
         address = 0 if scale is None else scale.data_ptr()
         seed = draws.signed_seed(source.seed)
         rows.append((values.data_ptr(), address, bits, seed, source.c2, source.c3))
-    table = torch.tensor(rows, dtype=torch.int64).to(first.values.device)
+    # from pageable memory: staged before the call returns, so nothing waits for the device
+    table = torch.tensor(rows, dtype=torch.int64).to(first.values.device, non_blocking=True)
     return table, buffers, first
 
 
@@ -239,6 +240,7 @@ def _aligned(values: Tensor) -> Tensor:
 def _format(one: Packed) -> dict:
     return {
         "SCALED": one.scale is not None,
+        "BYTES": one.values.dtype == torch.int8,
         "TYPE": _TYPES[one.values.dtype],
         "BLOCK": one.block,
     }

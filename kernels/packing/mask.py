@@ -1,16 +1,17 @@
 """SparseMask: which entries of a tensor are kept, told by a few fields on every device alike.
 
-stratified: the flattened tensor is cut into strata of S = round(1/density) entries, one kept in each,
+stratified: the flattened tensor is cut into strata of S = round(1/density) entries, and one of each
+is kept,
 
     position j = j S + umulhi(word_j, S),    umulhi(w, S) = (w S) >> 32,
 
-so the count follows from the shape, positions come sorted, an entry's membership costs one word, and
-only one word a *kept* entry is drawn. It is not an independent draw: an entry is kept with
+so the count follows from the shape, positions come sorted, an entry's membership costs one word,
+and only one word a *kept* entry is drawn. It is not an independent draw: an entry is kept with
 probability 1/S (to within S/2**32), but two entries of one stratum never are together. The last
 stratum is drawn over its own length.
 
-bernoulli: entry e is kept iff word_e < floor(density 2**32), each independently, as papers write it;
-a word for every entry, and the count is known only after drawing.
+bernoulli: entry e is kept iff word_e < floor(density 2**32), each independently, as papers write
+it; a word for every entry, and the count is known only after drawing.
 """
 
 import functools
@@ -31,7 +32,7 @@ SCHEMES = ("stratified", "bernoulli")
 # below it no 32-bit word is kept, and a stratum is too long for one word
 LEAST_DENSITY = 2.0**-31
 
-# bytes of positions that are kept for masks used again; a mask of 16.8 M entries at 1 % takes 1.3 MB
+# bytes of positions held for masks used again; a mask of 16.8 M entries at 1 % takes 1.3 MB
 CACHE_BYTES = 64 << 20
 
 
@@ -90,10 +91,14 @@ class SparseMask:
 
     @property
     def nnz(self) -> int:
-        """Kept entries. For a Bernoulli mask they are counted, once."""
+        """Kept entries. Those of a Bernoulli mask are counted by drawing it, on a CPU unless a GPU
+        has drawn it before: some 6 ns for each entry of the tensor, once."""
         if self.scheme == "stratified":
             return -(-self.numel // self.stratum)
-        return self.numel if self.density == 1 else int(_bernoulli_row_starts(self)[-1])
+        if self.density == 1:
+            return self.numel
+        known = _counts.get(self)
+        return int(_bernoulli_row_starts(self)[-1]) if known is None else known
 
     @property
     def stream(self) -> draws.Stream:
@@ -114,7 +119,10 @@ class SparseMask:
             return torch.arange(self.numel, device=device)
         from fastrank.kernels.packing import launchers
 
-        return launchers.positions(self, device)
+        found = launchers.positions(self, device)
+        if self.scheme == "bernoulli":
+            _counts.put(self, len(found))
+        return found
 
     def row_starts(self) -> Tensor:
         """Where each row's kept entries begin among all: int64 `[rows + 1]` on the CPU.
@@ -278,7 +286,26 @@ class _Cache:
             self.bytes = 0
 
 
-_cache = _Cache()
+class _Counts:
+    """nnz of the Bernoulli masks counted last."""
+
+    most = 4096
+
+    def __init__(self) -> None:
+        self.held: OrderedDict[SparseMask, int] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, mask: SparseMask) -> int | None:
+        return self.held.get(mask)
+
+    def put(self, mask: SparseMask, count: int) -> None:
+        with self.lock:
+            self.held[mask] = count
+            if len(self.held) > self.most:
+                self.held.popitem(last=False)
+
+
+_cache, _counts = _Cache(), _Counts()
 
 
 def cached_positions(
@@ -289,5 +316,7 @@ def cached_positions(
 
 
 def clear_cache() -> None:
-    """Forget what cached_positions holds."""
+    """Forget what cached_positions and nnz hold."""
     _cache.clear()
+    _counts.held.clear()
+    _bernoulli_row_starts.cache_clear()

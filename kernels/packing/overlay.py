@@ -131,25 +131,57 @@ def sums(originals: Tensor, values: Tensor) -> Tensor:
 
 
 @contextmanager
-def overlaid(weight: Tensor, values: Tensor, places: Places) -> Iterator[None]:
+def overlaid(weight: Tensor, values: Tensor, places: Places, backend: str) -> Iterator[None]:
     """In here weight `[N, K]` is W + S; after it, W bit for bit.
 
     Args:
         weight: any strides without overlap, any float dtype.
         values: `[nnz]`, fp32, or fp64 over an fp64 weight.
         places: of the mask.
+        backend: as choose_backend names it.
     """
     if values.numel() == 0:
         yield
         return
-    offsets = places.offsets(weight.stride())
+    way = _Fused if backend == "triton" else _Indexed
     address = weight.untyped_storage().data_ptr()
     with torch.no_grad(), _LOCKS[(address >> 6) % len(_LOCKS)]:
-        memory = memory_of(weight.data)
-        originals = memory.index_select(0, offsets)
-        total = sums(originals, values)
+        overlay = way(weight.data, places)
         try:
-            memory.index_copy_(0, offsets, total)
+            overlay.add(values)
             yield
         finally:
-            memory.index_copy_(0, offsets, originals)
+            overlay.restore()
+
+
+class _Indexed:
+    """The overlay by torch's indexing."""
+
+    def __init__(self, weight: Tensor, places: Places) -> None:
+        self.memory, self.offsets = memory_of(weight), places.offsets(weight.stride())
+        self.originals = self.memory.index_select(0, self.offsets)
+
+    def add(self, values: Tensor) -> None:
+        self.memory.index_copy_(0, self.offsets, sums(self.originals, values))
+
+    def restore(self) -> None:
+        self.memory.index_copy_(0, self.offsets, self.originals)
+
+
+class _Fused:
+    """The overlay by one kernel each way, which draw the positions of a stratified mask anew."""
+
+    def __init__(self, weight: Tensor, places: Places) -> None:
+        # imported on first use: nobody without a GPU pays for loading Triton
+        from fastrank.kernels.packing import launch_grad
+
+        self.kernels, self.weight, self.places = launch_grad, weight, places
+        self.originals: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        self.originals = self.kernels.overlay(self.weight, values, self.places)
+
+    def restore(self) -> None:
+        # None where the launch itself failed, before it wrote
+        if self.originals is not None:
+            self.kernels.restore(self.weight, self.originals, self.places)

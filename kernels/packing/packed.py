@@ -87,7 +87,7 @@ def pack(
 ) -> Packed:
     """The entries that mask keeps, converted on the way.
 
-        packed = pack(delta, SparseMask(delta.shape, 0.01, seed=3, tensor_id=name), dtype=torch.int8)
+        packed = pack(delta, SparseMask(delta.shape, 0.01, seed=3), dtype=torch.int8)
 
     Args:
         dense: float tensor of mask's shape, any strides; only kept entries are read.
@@ -113,11 +113,13 @@ def pack(
     source = None if seed is None else _rounding(mask, seed)
     source = source if dtype == torch.int8 else None
     dense = dense.detach()
-    if choose_backend(backend, dense.device, dense.dtype) == "triton" and mask.nnz:
+    chosen = choose_backend(backend, dense.device, dense.dtype)
+    if chosen == "triton" and mask.numel:
+        flat, at = _located(dense, mask)  # a GPU counts a Bernoulli mask faster
+    if chosen == "triton" and mask.nnz:
         from fastrank.kernels.packing import launchers
 
-        at = _located(dense, mask)
-        values, scale, status = launchers.pack(*at, mask, dtype, block, source)
+        values, scale, status = launchers.pack(flat, at, mask, dtype, block, source)
     else:
         flat, offsets = flattened(dense, cached_positions(mask, dense.device, "reference"))
         gathered = flat.index_select(0, offsets).to(torch.float32)
@@ -175,7 +177,7 @@ def scatter_add_(dense: Tensor, packed: Packed, weight: float, chosen: str) -> N
         from fastrank.kernels.packing import launchers
 
         launchers.unpack_add_(*_located(dense, packed.mask), packed, single(weight))
-        torch.autograd.graph.increment_version(dense)
+        written(dense)
         return
     mask = packed.mask
     flat, offsets = flattened(dense, cached_positions(mask, dense.device, "reference"))
@@ -184,11 +186,18 @@ def scatter_add_(dense: Tensor, packed: Packed, weight: float, chosen: str) -> N
     flat.index_copy_(0, offsets, added.add_(flat.index_select(0, offsets)).to(dense.dtype))
 
 
+def written(tensor: Tensor) -> None:
+    """Tell autograd that a kernel wrote into the tensor."""
+    if not tensor.is_inference():  # those have no version
+        torch.autograd.graph.increment_version(tensor)
+
+
 def flattened(dense: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """(one-dimensional view of dense's memory, where the entries at flat positions are in it)."""
     if dense.is_contiguous():
         return dense.view(-1), positions
-    span = 1 + sum((size - 1) * stride for size, stride in zip(dense.shape, dense.stride()))
+    steps = zip(dense.shape, dense.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in steps)
     flat = dense.as_strided((span,), (1,), dense.storage_offset())
     offsets = torch.zeros_like(positions)
     rest = positions
@@ -226,7 +235,9 @@ def _default_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _rounding(mask: SparseMask, seed: int) -> draws.Stream:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed!r}; pass an int in [0, 2**64), or None to round to nearest")
+        raise ValueError(
+            f"seed is {seed!r}; pass an int in [0, 2**64), or None to round to nearest"
+        )
     return draws.stream(seed, mask.tensor_id, draws.ROUNDING, mask.round)
 
 

@@ -62,7 +62,7 @@ def sparse_linear(
         bias: `[N]` or None.
         values: S at the mask's positions, `[nnz]`, fp32 (fp64 over an fp64 weight).
         mask: of shape (N, K), also where the weight is a transposed view.
-        backend: of the gradient of values: "auto", "triton" or "reference".
+        backend: of the overlay and of the gradient of values: "auto", "triton" or "reference".
 
     Returns:
         `[..., N]`, in the dtype of `F.linear(x, weight, bias)`.
@@ -160,7 +160,7 @@ def _base(weight: Tensor, values: Tensor, call: Call) -> Iterator[Tensor]:
     if call.folded:
         yield _cast(weight, call.autocast)
         return
-    with overlaid(weight, values, call.places):
+    with overlaid(weight, values, call.places, call.backend):
         yield _cast(weight, call.autocast)
 
 

@@ -4,7 +4,7 @@ What is not sent can be kept and added the next time (error feedback: Stich, Cor
 "Sparsified SGD with memory", 2018): residual + dense is what the largest are chosen from, and the
 new residual is what is left of it.
 
-Entries of equal magnitude are taken from the lowest index on, so that every device chooses the same.
+Entries of equal magnitude are taken from the lowest index on, so that every device chooses alike.
 """
 
 import math

@@ -8,10 +8,10 @@ vendor products make that the cheapest way from about 0.3 % on (one product of a
 costs what hundreds inside a dense tile do), but never more of it held than a block.
 
 Key decisions
-- A block has at most 2**20 elements, and at most a sixteenth of dW where that leaves 128 rows.
-- Where fp32 products go to oneDNN (common/products.py), which wants chains of at most 256, M is cut
-  into chunks and the packed parts are added up: a hundredth of the additions that the dense blocks
-  would need, so this is faster than the dense product itself.
+- A block is a sixteenth of dW, within 1 MiB and 2**20 elements, and at least 128 rows.
+- Where fp32 products go to oneDNN (common/products.py), M is cut into chunks that it adds up in one
+  chain each, and the packed parts are added: a hundredth of the additions between chains that the
+  dense product needs, so this is the faster of the two.
 - bf16 operands go through the CPU's bf16 matrix units where it has them: the sums are fp32 inside,
   and an entry is rounded to bf16 once, as the dense gradient of a bf16 weight is. Elsewhere 16-bit
   operands are widened chunk by chunk, and nothing is rounded.
@@ -29,10 +29,12 @@ from fastrank.kernels.packing.mask import SparseMask
 from fastrank.kernels.packing.overlay import Places, places_of
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-# elements of a block of dW, and rows below which a block is not cut for a small dW's sake
-_BLOCK, _FEWEST_ROWS = 1 << 20, 128
-# rows of x and dY that one chunk adds up, and the work from which oneDNN is worth chunks
-_CHUNK, _LEAST_WORK = 256, 1 << 23
+# a block of dW has at least this many bytes, at most this many elements, and at least this many
+# rows, below which vendor products are slow
+_LEAST_BYTES, _MOST_BLOCK, _LEAST_ROWS = 1 << 20, 1 << 20, 128
+# rows of x and dY that oneDNN adds up in one chain, those that are widened or copied at a time, and
+# the work from which oneDNN is worth chunks
+_CHUNK, _COPIED, _LEAST_WORK = 192, 96, 1 << 23
 
 
 def masked_weight_grad(dy: Tensor, x: Tensor, mask: SparseMask, *, backend: str = "auto") -> Tensor:
@@ -109,7 +111,7 @@ def reference(dy: Tensor, x: Tensor, places: Places) -> Tensor:
     """The definition: rows of dW as they are, one block at a time, in fp32 (fp64)."""
     dtype, K = wide(x.dtype), x.shape[1]
     x, found = x.to(dtype), []
-    for rows, kept in places.blocks(_block_rows(*places.mask.shape)):
+    for rows, kept in places.blocks(_block_rows(*places.mask.shape, dtype.itemsize)):
         block = dy[:, rows].t().to(dtype) @ x
         found.append(block.reshape(-1)[places.positions[kept] - rows.start * K])
     return torch.cat(found)
@@ -132,8 +134,11 @@ def _bf16_units() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def _block_rows(N: int, K: int) -> int:
-    return max(1, min(N, _BLOCK // K, max(_FEWEST_ROWS, -(-N // 16))))
+def _block_rows(N: int, K: int, itemsize: int) -> int:
+    """Rows of dW in a block, so that all blocks are about alike."""
+    elements = min(_MOST_BLOCK, max(_LEAST_BYTES // itemsize, N * K // 16))
+    blocks = -(-N // max(_LEAST_ROWS, elements // K))
+    return -(-N // blocks)
 
 
 def _blockwise(dy: Tensor, x: Tensor, places: Places) -> Tensor:
@@ -141,11 +146,15 @@ def _blockwise(dy: Tensor, x: Tensor, places: Places) -> Tensor:
     (M, K), N = x.shape, dy.shape[1]
     halves = x.dtype == torch.bfloat16 and _bf16_units()
     dtype = x.dtype if halves else wide(x.dtype)
-    rows = _block_rows(N, K)
-    by_chunks = x.dtype != dtype or not (_plain(x) and _plain(dy))
-    if dtype == torch.float32 and products.prefers_onednn():
-        by_chunks |= min(M, _CHUNK) * rows * K >= _LEAST_WORK
-    step = max(_CHUNK // 4, min(_CHUNK, _BLOCK // K)) if by_chunks else M
+    rows = _block_rows(N, K, dtype.itemsize)
+    step = M
+    if x.dtype != dtype or not (_plain(x) and _plain(dy)):
+        step = _COPIED
+    elif dtype == torch.float32 and products.prefers_onednn():
+        step = _CHUNK if min(M, _CHUNK) * rows * K >= _LEAST_WORK else M
+    if step >= M and rows >= N:
+        whole = _operand(dy, dtype, "masked_grad_dy"), _operand(x, dtype, "masked_grad_x")
+        return _kept_of_product(*whole, places.positions).to(wide(x.dtype))
     blocks = places.blocks(rows)
     # within a block; of 32 bits, because they stand beside a block at the peak
     local = torch.remainder(places.positions, rows * K).to(torch.int32)

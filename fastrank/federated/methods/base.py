@@ -182,6 +182,10 @@ class Method(ABC):
         """What the server sends. Methods that send everyone the same share one payload."""
         return self.pack(state.tensors, round)
 
+    def received(self, payload: Payload) -> Mapping[str, Tensor]:
+        """Parameter values that a client reads from a downlink; a payload may hold other tensors."""
+        return payload.tensors
+
     def uplink_spec(
         self, state: ServerState, client: int, round: int
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
