@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -161,6 +161,7 @@ def train_client(
         num_steps=len(batches),
         train_loss=float(total) / max(seen, 1),
         scores={} if scores is None else {name: scores.of(name) for name in factors},
+        notes=plan.notes,
     )
 
 
@@ -190,12 +191,17 @@ def make_optimizer(
 
 @torch.inference_mode()
 def evaluate(
-    model: ResidentModel, examples: Encoded, batch_size: int, limit: int | None = None
+    model: ResidentModel,
+    examples: Encoded,
+    batch_size: int,
+    limit: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, float]:
     """Loss and accuracy of the model as it stands.
 
     Accuracy is the share of examples classified right, or of target tokens predicted right. With
-    ``limit`` a fixed sample of that many examples is used.
+    ``limit`` a fixed sample of that many examples is used; of these, ``part`` (i, n) takes every
+    n-th by length, from the i-th.
 
     Returns:
         ``loss`` (mean over examples or target tokens), ``accuracy``, ``count``.
@@ -204,6 +210,7 @@ def evaluate(
     if limit is not None and limit < len(order):
         order = np.sort(np.random.default_rng(0).permutation(len(order))[:limit])
     order = order[np.argsort(examples.lengths[order], kind="stable")]
+    order = order[part[0] :: part[1]]
     loss_sum, right, count = 0.0, 0, 0
     for start in range(0, len(order), batch_size):
         batch = model.collate(examples, order[start : start + batch_size])
@@ -218,3 +225,29 @@ def evaluate(
     if count == 0:
         return {"loss": math.nan, "accuracy": math.nan, "count": 0}
     return {"loss": loss_sum / count, "accuracy": right / count, "count": count}
+
+
+def evaluate_in_turn(
+    model: ResidentModel,
+    models: Sequence[Mapping[str, Tensor]],
+    examples: Encoded,
+    batch_size: int,
+    limit: int | None = None,
+) -> dict[str, float]:
+    """The mean loss and accuracy of several models, each judging its share of the examples.
+
+    An estimate of what each of them would reach on all, for the price of one reading.
+
+    Args:
+        models: values of each, loaded into the resident model in turn.
+    """
+    scores = []
+    for i, values in enumerate(models):
+        model.load(values)
+        scores.append(evaluate(model, examples, batch_size, limit, part=(i, len(models))))
+    read = [score for score in scores if score["count"]]  # there may be fewer examples than models
+    if not read:
+        return scores[0]
+    count = sum(score["count"] for score in read)
+    pooled = {key: sum(s[key] * s["count"] for s in read) / count for key in ("loss", "accuracy")}
+    return {**pooled, "count": count}

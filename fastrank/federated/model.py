@@ -58,9 +58,8 @@ class ResidentModel:
         self.device = device
         self.base_changed = base_changed
         self.report = None
-        self._head = [
-            name for name, _ in model.named_parameters() if name.split(".")[0] in head_modules
-        ]
+        self._loaded: dict[str, Tensor] = {}  # weights as they were before `change_base`
+        self._head = self._heads(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -74,25 +73,40 @@ class ResidentModel:
         lora_dropout: float = 0.0,
         target_modules: str | Iterable[str] = "all-linear",
         seed: int = 0,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
     ) -> None:
         """Attach PEFT LoRA adapters and put fastrank's fused layers under them.
 
         A ~ kaiming_uniform(sqrt 5) drawn from (seed, module index) and B = 0, so that every client
         and every run with this seed starts from the same adapters.
         """
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import LoraConfig
 
-        from fastrank.patching import patch
-
-        targets = self._target_modules(target_modules)
         config = LoraConfig(
-            task_type=TaskType.SEQ_CLS if self.task == "seq-cls" else TaskType.CAUSAL_LM,
+            task_type=self.peft_task(),
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
-            target_modules=targets,
+            target_modules=self.target_modules(target_modules),
             modules_to_save=list(self.head_modules) or None,
+            rank_pattern=dict(rank_pattern or {}),
+            alpha_pattern=dict(alpha_pattern or {}),
         )
+        self.attach(config)
+        factors = [(name, p) for name, p in self.model.named_parameters() if ".lora_A." in name]
+        for index, (_, parameter) in enumerate(sorted(factors)):
+            generator = torch.Generator().manual_seed(derive_seed("init", seed, index))
+            bound = (1.0 / parameter.shape[1]) ** 0.5  # kaiming_uniform with a = sqrt(5)
+            drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(drawn)
+
+    def attach(self, config: Any) -> None:
+        """Put PEFT adapters of this configuration on the model, fused, nothing trainable yet."""
+        from peft import get_peft_model
+
+        from fastrank.patching import patch
+
         head = set(self._head)
         # PEFT draws its own A; ours replaces it below
         with torch.random.fork_rng(devices=[]), quiet():
@@ -107,22 +121,43 @@ class ResidentModel:
             and name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
             in head
         ]
-        factors = [(name, p) for name, p in self.model.named_parameters() if ".lora_A." in name]
-        for index, (_, parameter) in enumerate(sorted(factors)):
-            generator = torch.Generator().manual_seed(derive_seed("init", seed, index))
-            bound = (1.0 / parameter.shape[1]) ** 0.5  # kaiming_uniform with a = sqrt(5)
-            drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-            parameter.data.copy_(drawn)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
-    def _target_modules(self, wanted: str | Iterable[str]) -> list[str]:
+    def reset(self, model: nn.Module) -> None:
+        """Hold this model instead, a plain one whose head is trained in place."""
+        self.model, self.report = model.to(self.device).eval(), None
+        self._loaded = {}
+        self._head = self._heads(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    def _heads(self, model: nn.Module) -> list[str]:
+        return [n for n, _ in model.named_parameters() if n.split(".")[0] in self.head_modules]
+
+    def peft_task(self) -> Any:
+        """What PEFT calls the task."""
+        from peft import TaskType
+
+        return TaskType.SEQ_CLS if self.task == "seq-cls" else TaskType.CAUSAL_LM
+
+    def target_modules(self, wanted: str | Iterable[str]) -> list[str]:
         """Names PEFT matches by their ending: the shortest that select exactly the wanted set."""
         from transformers.pytorch_utils import Conv1D
 
         linears = [
             name for name, m in self.model.named_modules() if isinstance(m, (nn.Linear, Conv1D))
         ]
+        if wanted == "attention":
+            chosen = [
+                n for n in linears if any("attn" in p or "attention" in p for p in _within(n))
+            ]
+            if not chosen:
+                raise UsageError(
+                    f"target_modules='attention' found no linear layer inside an attention module "
+                    f"of {type(self.model).__name__}; name the modules with target_modules"
+                )
+            return self._endings(chosen, linears)
         if wanted == "all-linear":
             # the repeated blocks are in a ModuleList, so their names hold a number: poolers, heads
             # and output embeddings don't
@@ -132,12 +167,7 @@ class ResidentModel:
                     f"target_modules='all-linear' found no linear layer inside the blocks of "
                     f"{type(self.model).__name__}; name the modules to adapt with target_modules"
                 )
-            for depth in (1, 2, 3):
-                ends = sorted({".".join(n.split(".")[-depth:]) for n in chosen})
-                hit = [n for n in linears if any(n == e or n.endswith("." + e) for e in ends)]
-                if hit == chosen:
-                    return ends
-            return chosen
+            return self._endings(chosen, linears)
         names = [wanted] if isinstance(wanted, str) else list(wanted)
         for name in names:
             if not any(n == name or n.endswith("." + name) for n in linears):
@@ -147,6 +177,16 @@ class ResidentModel:
                     f"{name!r}; its linear layers end in {', '.join(known)}"
                 )
         return sorted(names)
+
+    @staticmethod
+    def _endings(chosen: list[str], linears: list[str]) -> list[str]:
+        """The shortest endings of names that select exactly the chosen ones."""
+        for depth in (1, 2, 3):
+            ends = sorted({".".join(n.split(".")[-depth:]) for n in chosen})
+            hit = [n for n in linears if any(n == e or n.endswith("." + e) for e in ends)]
+            if hit == chosen:
+                return ends
+        return chosen
 
     # -- values ----------------------------------------------------------------------------------
 
@@ -192,6 +232,40 @@ class ResidentModel:
                     )
                 parameter.data = parameter.new_empty(value.shape)
             parameter.copy_(value)
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """Adapted module -> a view of its frozen weight, `[N, K]` whatever way it is stored."""
+        from transformers.pytorch_utils import Conv1D
+
+        found = {}
+        for name in self.adapted_modules():
+            base = self.model.get_submodule(name).get_base_layer()
+            if not base.weight.is_floating_point():
+                raise UsageError(
+                    f"{name} holds its weight as {base.weight.dtype}, and this method changes base "
+                    f"weights; load the model in float32, bfloat16 or float16"
+                )
+            found[name] = base.weight.data.T if isinstance(base, Conv1D) else base.weight.data
+        return found
+
+    @torch.no_grad()
+    def change_base(self, changes: Mapping[str, Tensor]) -> None:
+        """Adapted modules' weights become those they were loaded with plus a change `[N, K]` each.
+
+        Always from the loaded weights, so that nothing drifts however often it is called; modules
+        that are not named get their loaded weights back.
+        """
+        weights = self.base_weights()
+        for name in changes:
+            if name not in self._loaded:
+                self._loaded[name] = weights[name].clone()
+        for name, loaded in self._loaded.items():
+            weight = weights[name]
+            if name in changes:
+                change = changes[name].to(weight.device)
+                weight.copy_(loaded.to(change.dtype) + change)
+            else:
+                weight.copy_(loaded)
 
     @contextmanager
     def scaled(self, scale: float | None) -> Iterator[None]:
@@ -243,6 +317,11 @@ class ResidentModel:
             for name, module in self.model.named_modules():
                 if name.endswith(".lora_dropout"):
                     module.train()
+
+
+def _within(name: str) -> list[str]:
+    """The modules around a module, by their names in its path."""
+    return name.lower().split(".")[:-1]
 
 
 def server_copy(tensor: Tensor) -> Tensor:

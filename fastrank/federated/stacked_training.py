@@ -101,6 +101,7 @@ def train_together(
             num_steps=len(job.batches),
             train_loss=total / max(seen, 1),
             scores=_scores_of(scores, factors, place),
+            notes=job.plan.notes,
         )
     return [results[i] for i in range(len(jobs))]
 

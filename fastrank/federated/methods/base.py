@@ -61,6 +61,7 @@ class LocalPlan:
     that have one train one after another. ``ranks`` are the adapters' ranks that learn (a bool mask
     for all modules, or one each): the others take part, without dropout, and keep every bit.
     ``scores`` asks how much each rank matters (one of `ranks.SCORES`); the answer is in the result.
+    ``notes`` is what `local` tells `uplink`, on the same client.
     """
 
     trainable: tuple[str, ...]
@@ -70,6 +71,7 @@ class LocalPlan:
     penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     ranks: RankMask | None = None
     scores: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class LocalResult:
     """What local training left behind: trained values (CPU) and plain measurements.
 
     ``scores``: factor name -> a score for each of its ranks, where the plan asked for them.
+    ``notes`` are the plan's.
     """
 
     client: int
@@ -86,6 +89,7 @@ class LocalResult:
     num_steps: int
     train_loss: float
     scores: dict[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,12 @@ class Method(ABC):
     run: Run | None = field(default=None, repr=False, kw_only=True, metadata={"hidden": True})
 
     name: ClassVar[str] = ""
+    weightings: ClassVar[tuple[str, ...]] = ("samples", "uniform")
     default_learning_rate: ClassVar[float] = 1e-3
     default_head_learning_rate: ClassVar[float] = 3e-3
 
     def __post_init__(self) -> None:
-        self.check("weighting", self.weighting, ("samples", "uniform"))
+        self.check("weighting", self.weighting, self.weightings)
         self.check("head", self.head, ("train", "freeze"))
         self.check("wire_dtype", self.wire_dtype, tuple(WIRE_DTYPES))
         for rate in ("learning_rate", "head_learning_rate"):
@@ -162,6 +167,19 @@ class Method(ABC):
     ) -> None:
         """Bring the resident model into the shape this round needs (nothing, for most methods)."""
 
+    def switches(self, round: int) -> bool:
+        """Does the server change the form of its state before this round (`switch`)?"""
+        return False
+
+    def switch(
+        self, model: ResidentModel, state: ServerState, round: int
+    ) -> tuple[ServerState, dict[str, Any]]:
+        """The state in its new form and what is recorded of the change, before ``arrange``.
+
+        Called once, in the rounds that ``switches`` names; the model is judged on both sides of it.
+        """
+        raise NotImplementedError
+
     def show(self, model: ResidentModel, state: ServerState) -> None:
         """Bring the global model into the resident one, to be evaluated or exported."""
         model.load(state.tensors)
@@ -183,7 +201,7 @@ class Method(ABC):
         return self.pack(state.tensors, round)
 
     def received(self, payload: Payload) -> Mapping[str, Tensor]:
-        """Parameter values that a client reads from a downlink; a payload may hold other tensors."""
+        """Parameter values that a client reads from a downlink, which may hold more."""
         return payload.tensors
 
     def uplink_spec(
@@ -207,6 +225,19 @@ class Method(ABC):
         """Global tensors with the adapters' contribution removed; None if there are no adapters."""
         return None
 
+    def personal(
+        self, state: ServerState, client_states: Mapping[int, Mapping[str, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        """Values of each client's own model, for methods that have no global one.
+
+        Each test example is then judged by one of them, and their mean is what is saved.
+        """
+        return []
+
+    def trainable_params(self, state: ServerState) -> int:
+        """Values that a client trains."""
+        return sum(value.numel() for value in state.tensors.values())
+
     # -- the client's side ---------------------------------------------------------------------
 
     def local(self, state: ServerState, client_state: Any, client: int, round: int) -> LocalPlan:
@@ -225,6 +256,11 @@ class Method(ABC):
             tensors={name: value.to(dtype) for name, value in tensors.items()},
             metadata={"method": self.name, "round": round},
         )
+
+
+def mean_of(views: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Plain mean of several models' values."""
+    return {name: torch.stack([view[name] for view in views]).mean(0) for name in views[0]}
 
 
 def weighted_mean(updates: Iterable[Update], weighting: str) -> dict[str, Tensor]:
