@@ -28,6 +28,9 @@ from fastrank.bench import (
     rank_sweep,
     simulate,
     simulate_cases,
+    svd,
+    svd_cases,
+    svd_merge,
     timing,
     train_step,
 )
@@ -281,6 +284,20 @@ def measure_grouped(out: Path, setting: Setting, deadline: float) -> bool:
     return finished
 
 
+def measure_svd(out: Path, setting: Setting, deadline: float) -> bool:
+    """svd.json: truncated SVD of a model's matrices at once, against torch's and plain pipelines."""
+    device = pick_device(setting.device)
+    results = Results(out / "svd.json", environment(device), resume=True)
+    cases = [*svd_cases.cases(device, setting.rehearsal), *svd_merge.cases(device, True)]
+    seconds = 2.0 if setting.rehearsal else 240.0
+    # true spectra and a looped SVD of large matrices take about as long as measuring a case
+    needed = 2 * seconds / len(cases)
+    finished = svd.measure_cases(cases, device, results, seconds, deadline - needed)
+    if finished and failures(results.rows):
+        raise Failed(f"{failures(results.rows)} rows failed; svd.json has the reasons")
+    return finished
+
+
 def measure_simulate(out: Path, setting: Setting, deadline: float) -> bool:
     """simulate.json: clients side by side, against one after another with PEFT."""
     if not has_peft():
@@ -322,6 +339,7 @@ STEPS: dict[str, Step] = {
     "rank-sweep": sweep_ranks,
     "train-step": train,
     "grouped": measure_grouped,
+    "svd": measure_svd,
     "simulate": measure_simulate,
     "summary": summarise,
 }

@@ -1,12 +1,13 @@
 """`fastrank bench svd` on small matrices: its rows, and results that are not what they claim."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from fastrank import cli
-from fastrank.bench import harness, svd, svd_cases, svd_merge, timing
+from fastrank.bench import gpu_steps, harness, svd, svd_cases, svd_merge, timing
 from fastrank.bench.results_file import check_row
 from fastrank.bench.svd_cases import SvdCase, SvdCell, builders
 from fastrank.bench.svd_merge import BUILDERS, MergeCase, MergeCell
@@ -110,6 +111,16 @@ def test_a_merge_of_other_weights_is_not_timed(capsys):
     assert "WrongResult" in cell.found["fastrank"].skipped
     assert cell.found["peft-merge"].skipped is None
     assert cell.found["peft-merge"].error < 1e-5
+
+
+def test_the_gpu_commands_step_resumes(tmp_path, capsys):
+    setting = gpu_steps.Setting("cpu", 100.0)
+    step = gpu_steps.STEPS["svd"]
+    assert step(tmp_path, setting, time.monotonic() - 1) is False
+    assert step(tmp_path, setting, time.monotonic() + 100) is True
+    rows = json.loads((tmp_path / "svd.json").read_text())["rows"]
+    assert step(tmp_path, setting, time.monotonic() - 1) is True
+    assert json.loads((tmp_path / "svd.json").read_text())["rows"] == rows
 
 
 @pytest.mark.parametrize(

@@ -71,3 +71,15 @@ def test_toml_errors_name_file_and_line(tmp_path):
 def test_assignment_needs_an_equals_sign():
     with pytest.raises(UsageError, match="key=value"):
         read_assignment("rounds")
+
+
+def test_no_option_of_a_method_shares_its_name_with_one_of_the_run():
+    """They stand side by side on the command line and in config files."""
+    import dataclasses
+
+    from fastrank.federated.config import Config, method_options
+    from fastrank.federated.methods import METHODS
+
+    general = {f.name for f in dataclasses.fields(Config)}
+    for name, cls in METHODS.items():
+        assert not general & method_options(cls).keys(), name
