@@ -13,6 +13,7 @@ BENCHES = {
     "lowrank": "fastrank.bench.lowrank",
     "grouped": "fastrank.bench.grouped",
     "svd": "fastrank.bench.svd",
+    "packing": "fastrank.bench.packing",
     "train-step": "fastrank.bench.train_step",
     "simulate": "fastrank.bench.simulate",
     "all": "fastrank.bench.everything",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from fastrank._version import __version__
+from fastrank.checkout import commit
 from fastrank.errors import UsageError
 
 _PACKAGES = ("torch", "triton", "peft", "transformers")
@@ -19,14 +19,14 @@ _PACKAGES = ("torch", "triton", "peft", "transformers")
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The `environment` entry of a results file; a package that is missing is null."""
-    commit, dirty = _commit()
+    found, dirty = commit()
     return {
         "device": device_name(device),
         "cpu": _cpu_model(),
         **{package: _version(package) for package in _PACKAGES},
         "fastrank": __version__,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": found,
         "dirty": dirty,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
@@ -71,22 +71,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """The checkout's commit and whether files differ from it; None for an installed wheel."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None, None
-    try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None  # no git here, or it refuses a folder of another owner
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()

@@ -25,6 +25,8 @@ from fastrank.bench import (
     grouped,
     grouped_cases,
     lowrank,
+    packing,
+    packing_cases,
     rank_sweep,
     simulate,
     simulate_cases,
@@ -298,6 +300,19 @@ def measure_svd(out: Path, setting: Setting, deadline: float) -> bool:
     return finished
 
 
+def measure_packing(out: Path, setting: Setting, deadline: float) -> bool:
+    """packing.json: masks, packing, aggregation and packed gradients, against dense ways."""
+    device = pick_device(setting.device)
+    results = Results(out / "packing.json", environment(device), resume=True)
+    cases = packing_cases.cases(device, setting.rehearsal)
+    seconds = 2.0 if setting.rehearsal else 120.0
+    needed = 2 * seconds / len(cases)
+    finished = packing.measure_cases(cases, device, results, seconds, deadline - needed)
+    if finished and failures(results.rows):
+        raise Failed(f"{failures(results.rows)} rows failed; packing.json has the reasons")
+    return finished
+
+
 def measure_simulate(out: Path, setting: Setting, deadline: float) -> bool:
     """simulate.json: clients side by side, against one after another with PEFT."""
     if not has_peft():
@@ -340,6 +355,7 @@ STEPS: dict[str, Step] = {
     "train-step": train,
     "grouped": measure_grouped,
     "svd": measure_svd,
+    "packing": measure_packing,
     "simulate": measure_simulate,
     "summary": summarise,
 }

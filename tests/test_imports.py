@@ -135,8 +135,15 @@ LAYERS = [
     (["fastrank.errors", "fastrank._version"], []),
     (["fastrank"], ["fastrank._version"]),
     (
-        ["fastrank.layers", "fastrank.patching"],
-        ["fastrank.kernels", "fastrank.errors", "fastrank.layers", "fastrank.patching"],
+        ["fastrank.layers", "fastrank.patching", "fastrank.merging", "fastrank.sparsifying"],
+        [
+            "fastrank.kernels",
+            "fastrank.errors",
+            "fastrank.layers",
+            "fastrank.patching",
+            "fastrank.merging",
+            "fastrank.sparsifying",
+        ],
     ),
     (["fastrank.data"], ["fastrank.data", "fastrank.errors", "fastrank._version"]),
     (
@@ -146,8 +153,10 @@ LAYERS = [
             "fastrank.data",
             "fastrank.layers",
             "fastrank.patching",
+            "fastrank.sparsifying",
             "fastrank.kernels",
             "fastrank.errors",
+            "fastrank.checkout",
             "fastrank._version",
         ],
     ),

@@ -11,9 +11,15 @@ _LAZY = {
     "FastAdaLoraLinear": "fastrank.layers.adalora",
     "FastLoraLinear": "fastrank.layers.lora",
     "LowRankLinear": "fastrank.layers.low_rank",
+    "SparseLinear": "fastrank.layers.sparse",
 }
 
-__all__ = ["FastAdaLoraLinear", "FastLoraLinear", "LowRankLinear"]
+__all__ = [
+    "FastAdaLoraLinear",
+    "FastLoraLinear",
+    "LowRankLinear",
+    "SparseLinear",
+]
 
 
 def __getattr__(name: str) -> Any:

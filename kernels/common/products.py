@@ -41,6 +41,12 @@ def _vendor() -> str:
 
 
 @functools.cache
+def bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones (x86 AMX or AVX512-BF16)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+@functools.cache
 def prefers_onednn() -> bool:
     """Whether large fp32 products go to oneDNN: an AVX-512 CPU that MKL has only AVX2 code for."""
     return (

@@ -13,12 +13,11 @@ Masks are already compacted (op.py). Three classes of operands, by what is right
     dB = s G∘c    dA = s c∘H     de = s Σ_N B∘G = s Σ_K A∘H    dx = dY W + s D∘((U∘c) A)
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from fastrank.kernels.common import products
+from fastrank.kernels.common.products import bf16_units
 from fastrank.kernels.common.scratch import BLOCK, row_blocks, scratch, widened
 from fastrank.kernels.lowrank.arguments import Aux, Branch
 from fastrank.kernels.lowrank.compaction import scatter, select
@@ -31,12 +30,6 @@ _SPLIT_RATIO = 4
 _TALL_ELEMENTS = 1 << 18
 # what addmm adds nothing of
 _NOTHING = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
-
-
-@functools.cache
-def bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices faster than fp32 ones (x86 AMX or AVX512-BF16)."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def compute_dtype(x: torch.dtype, adapters: torch.dtype, branch: Branch) -> torch.dtype:

@@ -1,10 +1,6 @@
-"""Triton kernels of masked_weight_grad and sparse_linear.
+"""Triton kernel of masked_weight_grad: a dense tile of dW, of which only kept entries are stored.
 
-    gradient  part[split, j] = Σ_{m in split} dY[m, n_j] X[m, k_j]
-    overlay   originals[j] = W[n_j, k_j];  W[n_j, k_j] += values[j]
-    restore   W[n_j, k_j] = originals[j]
-
-The gradient is a dense tile of dW, of which only the kept entries are stored.
+    part[split, j] = Σ_{m in split} dY[m, n_j] X[m, k_j]
 
 Key decisions
 - A tile of dW is an ordinary matrix product with an fp32 accumulator; nothing but its epilogue
@@ -25,9 +21,9 @@ import triton
 import triton.language as tl
 
 from fastrank.kernels.common.jit import tile_dot
-from fastrank.kernels.packing.fused import join_seed, positions_tile, round_bf16
+from fastrank.kernels.packing.fused import join_seed
 
-_WORDS = ["nnz", "stratum", "last", "key_low", "key_high", "c2", "c3"]
+_RUNTIME = ["M", "nnz", "slots", "tiles", "stratum", "last", "key_low", "key_high", "c2", "c3"]
 
 
 @triton.jit
@@ -53,7 +49,7 @@ def _word_of(seed, c2, c3, j):
     return tl.where((j & 2) == 2, tl.where(odd, w3, w2), tl.where(odd, w1, w0))
 
 
-@triton.jit(do_not_specialize=["M", "slots", "tiles", *_WORDS])
+@triton.jit(do_not_specialize=_RUNTIME)
 def masked_gradient_kernel(
     dy_ptr,
     x_ptr,
@@ -142,44 +138,3 @@ def masked_gradient_kernel(
             place = tl.load(positions_ptr + j, mask=kept, other=0) - base
             picked = o_k[None, :] == place.to(tl.int32)[:, None]
             tl.store(p_part + j, tl.sum(tl.where(picked, acc, 0.0), axis=1), mask=kept)
-
-
-@triton.jit(do_not_specialize=_WORDS)
-def overlay_kernel(
-    weight_ptr,
-    values_ptr,
-    originals_ptr,
-    positions_ptr,
-    K,
-    nnz,
-    stratum,
-    last,
-    key_low,
-    key_high,
-    c2,
-    c3,
-    stride_n,
-    stride_k,
-    ITEMS: tl.constexpr,
-    DRAWN: tl.constexpr,
-    RESTORE: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Add values to the kept entries of weight (N, K) and note what was there; or put that back."""
-    first = tl.program_id(0).to(tl.int64) * ITEMS
-    j = first + tl.arange(0, ITEMS)
-    inside = j < nnz
-    at = positions_tile(
-        positions_ptr, key_low, key_high, c2, c3, stratum, last, nnz, first, ITEMS, DRAWN
-    )
-    row = at // K
-    p_weight = weight_ptr + row * stride_n + (at - row * K) * stride_k
-    if RESTORE:
-        tl.store(p_weight, tl.load(originals_ptr + j, mask=inside), mask=inside)
-    else:
-        b_weight = tl.load(p_weight, mask=inside)
-        tl.store(originals_ptr + j, b_weight, mask=inside)
-        total = b_weight.to(tl.float32) + tl.load(values_ptr + j, mask=inside, other=0.0)
-        if weight_ptr.dtype.element_ty == tl.bfloat16:
-            total = round_bf16(total, INTERPRET)
-        tl.store(p_weight, total.to(weight_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Launchers of the kernels of fused_grad.py: tiles, splits, and the order parts are added in."""
+"""Launcher of the kernel of fused_grad.py: tiles, splits, and the order parts are added in."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from fastrank.kernels.common.launch import (
     launch_options,
     split_count,
 )
-from fastrank.kernels.packing.fused_grad import masked_gradient_kernel, overlay_kernel
+from fastrank.kernels.packing.fused_grad import masked_gradient_kernel
 from fastrank.kernels.packing.mask import SparseMask
 from fastrank.kernels.packing.overlay import Places
 
@@ -27,8 +27,6 @@ _TL_DTYPES = {
 # parts are packed, so many of them cost little; each should have a few tiles of rows to add up
 _MOST_SPLITS = 16
 _LEAST_TILES = 4
-# entries of a program of the overlay, eight a thread
-_ITEMS, _OVERLAY_WARPS = 1024, 4
 
 
 class Tile(NamedTuple):
@@ -122,40 +120,6 @@ def tile_for(operands: str, gpu: Gpu) -> Tile:
     several = TILES[operands]
     fits = (tile for tile in several if tile.shared_bytes(itemsize, gpu.hip) <= gpu.shared)
     return next(fits, several[-1])
-
-
-def overlay(weight: Tensor, values: Tensor, places: Places) -> Tensor:
-    """Add fp32 values `[nnz]`, nnz > 0, to the kept entries of weight `[N, K]`; what was there."""
-    originals = torch.empty(values.shape, dtype=weight.dtype, device=weight.device)
-    _overlay(weight, values.contiguous(), originals, places)
-    return originals
-
-
-def restore(weight: Tensor, originals: Tensor, places: Places) -> None:
-    """Undo overlay, bit for bit."""
-    _overlay(weight, None, originals, places)
-
-
-def _overlay(weight: Tensor, values: Tensor | None, originals: Tensor, places: Places) -> None:
-    mask = places.mask
-    drawn = mask.scheme == "stratified"
-    launch(
-        overlay_kernel,
-        (cdiv(mask.nnz, _ITEMS),),
-        weight_ptr=weight,
-        values_ptr=values,
-        originals_ptr=originals,
-        positions_ptr=None if drawn else places.positions,
-        K=mask.shape[1],
-        **_mask_words(mask),
-        stride_n=weight.stride(0),
-        stride_k=weight.stride(1),
-        ITEMS=_ITEMS,
-        DRAWN=drawn,
-        RESTORE=values is None,
-        INTERPRET=interpreting(),
-        **launch_options(_OVERLAY_WARPS, 2, gpu_of(weight.device).hip),
-    )
 
 
 def _slots(mask: SparseMask, columns: int) -> int:

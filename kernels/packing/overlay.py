@@ -15,8 +15,7 @@ Key decisions
 import functools
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ class Places:
         self._offsets: dict[tuple[int, int], Tensor] = {}
         self._blocks: dict[int, list[tuple[slice, slice]]] = {}
         self._cuts: dict[int, Tensor] = {}
+        self._csr: tuple[Tensor, Tensor] | None = None
 
     @functools.cached_property
     def positions(self) -> Tensor:
@@ -71,6 +71,17 @@ class Places:
             ]
             self._blocks[rows] = found
         return found
+
+    def csr(self) -> tuple[Tensor, Tensor]:
+        """Where rows of `[N, K]` begin, and the column of each entry: int32 where that fits."""
+        if self._csr is None:
+            N, K = self.mask.shape
+            dtype = torch.int32 if max(self.mask.nnz, K) < 1 << 31 else torch.int64
+            with torch.inference_mode(False):  # held across calls: not born an inference tensor
+                ends = torch.arange(N + 1, device=self.device) * K
+                rows = torch.searchsorted(self.positions, ends)
+                self._csr = rows.to(dtype), torch.remainder(self.positions, K).to(dtype)
+        return self._csr
 
     def cuts(self, columns: int) -> Tensor:
         """Where the entries of each row of each tile of this many columns begin: int64.
@@ -130,58 +141,36 @@ def sums(originals: Tensor, values: Tensor) -> Tensor:
     return found if found.dtype == originals.dtype else found.to(originals.dtype)
 
 
-@contextmanager
-def overlaid(weight: Tensor, values: Tensor, places: Places, backend: str) -> Iterator[None]:
-    """In here weight `[N, K]` is W + S; after it, W bit for bit.
+def overlaid(
+    weight: Tensor,
+    values: Tensor,
+    places: Places,
+    product: Callable[[], Tensor],
+    base: Tensor | None = None,
+) -> Tensor:
+    """product() while weight `[N, K]` is W + S; after it the weight is W, bit for bit.
 
     Args:
         weight: any strides without overlap, any float dtype.
         values: `[nnz]`, fp32, or fp64 over an fp64 weight.
         places: of the mask.
-        backend: as choose_backend names it.
+        product: reads the weight and returns a tensor of its own.
+        base: what values are added to, `[nnz]`; None for what is in the weight.
     """
     if values.numel() == 0:
-        yield
-        return
-    way = _Fused if backend == "triton" else _Indexed
+        return product()
+    offsets = places.offsets(weight.stride())
     address = weight.untyped_storage().data_ptr()
     with torch.no_grad(), _LOCKS[(address >> 6) % len(_LOCKS)]:
-        overlay = way(weight.data, places)
+        memory = memory_of(weight.data)
+        originals = memory.index_select(0, offsets)
         try:
-            overlay.add(values)
-            yield
+            memory.index_copy_(0, offsets, sums(originals if base is None else base, values))
+            return product()
         finally:
-            overlay.restore()
-
-
-class _Indexed:
-    """The overlay by torch's indexing."""
-
-    def __init__(self, weight: Tensor, places: Places) -> None:
-        self.memory, self.offsets = memory_of(weight), places.offsets(weight.stride())
-        self.originals = self.memory.index_select(0, self.offsets)
-
-    def add(self, values: Tensor) -> None:
-        self.memory.index_copy_(0, self.offsets, sums(self.originals, values))
-
-    def restore(self) -> None:
-        self.memory.index_copy_(0, self.offsets, self.originals)
-
-
-class _Fused:
-    """The overlay by one kernel each way, which draw the positions of a stratified mask anew."""
-
-    def __init__(self, weight: Tensor, places: Places) -> None:
-        # imported on first use: nobody without a GPU pays for loading Triton
-        from fastrank.kernels.packing import launch_grad
-
-        self.kernels, self.weight, self.places = launch_grad, weight, places
-        self.originals: Tensor | None = None
-
-    def add(self, values: Tensor) -> None:
-        self.originals = self.kernels.overlay(self.weight, values, self.places)
-
-    def restore(self) -> None:
-        # None where the launch itself failed, before it wrote
-        if self.originals is not None:
-            self.kernels.restore(self.weight, self.originals, self.places)
+            try:
+                memory.index_copy_(0, offsets, originals)
+            except BaseException:
+                # an interrupt may come between two instructions here; not twice in a microsecond
+                memory.index_copy_(0, offsets, originals)
+                raise

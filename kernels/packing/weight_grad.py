@@ -2,33 +2,49 @@
 
     g[j] = Σ_m dY[m, n_j] X[m, k_j]      (n_j, k_j) the j-th kept position
 
-On a CPU a block of rows of dW is multiplied into scratch memory, and what the mask keeps of it is
-copied out before the next block comes into the same memory. The whole product is computed, because
-vendor products make that the cheapest way from about 0.3 % on (one product of a pair of columns
-costs what hundreds inside a dense tile do), but never more of it held than a block.
+On a CPU there are two ways. By entries: a dot product of a row of dYᵀ and one of Xᵀ for each kept
+one (torch.sparse.sampled_addmm), over chunks of rows that are turned into scratch memory. Or by
+blocks: rows of dW as a dense product, of which the kept entries are copied out before the next
+block comes into the same memory. The first does a hundredth of the work at 1 %, at a twentieth of
+the speed; the second wins at high densities, and for bf16 sooner. One core of an AMD Zen 5, 1 %,
+in ms (dense: the whole product and a gather, in plain torch):
+
+    M, N, K                   by entries    by blocks    dense
+    4096, 4096, 4096  fp32           235         1740     3130
+    512, 768, 768     fp32           1.3          9.9     11.3
+    512, 768, 768     bf16           0.7          2.0      1.6
 
 Key decisions
-- A block is a sixteenth of dW, within 1 MiB and 2**20 elements, and at least 128 rows.
-- Where fp32 products go to oneDNN (common/products.py), M is cut into chunks that it adds up in one
-  chain each, and the packed parts are added: a hundredth of the additions between chains that the
-  dense product needs, so this is the faster of the two.
-- bf16 operands go through the CPU's bf16 matrix units where it has them: the sums are fp32 inside,
-  and an entry is rounded to bf16 once, as the dense gradient of a bf16 weight is. Elsewhere 16-bit
-  operands are widened chunk by chunk, and nothing is rounded.
+- Turned chunks of x and dY together, or a block of dW, have at most a sixteenth of dW's elements
+  (or 1 MiB): all that is held at a time is less than an eighth of dW.
+- By entries, 16-bit operands are widened chunk by chunk and nothing is rounded. By blocks, bf16
+  goes through the CPU's bf16 matrix units where it has them: the sums are fp32 inside, and an entry
+  is rounded to bf16 once, as the dense gradient of a bf16 weight is.
+- Where fp32 products go to oneDNN (common/products.py), blocks are multiplied in chunks of M that
+  it adds up in one chain each, and packed parts are added: a hundredth of the additions between
+  chains that the dense product needs.
 """
 
 import functools
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from fastrank.kernels.common import choose_backend, products
-from fastrank.kernels.common.scratch import scratch
+from fastrank.kernels.common.products import bf16_units
+from fastrank.kernels.common.scratch import scratch, widened
 from fastrank.kernels.packing.mask import SparseMask
 from fastrank.kernels.packing.overlay import Places, places_of
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+# densities up to which entries are computed by themselves, and the work below which they aren't:
+# dense products are faster on bf16 units (measured on AVX512-BF16; AMX is taken for 4 times that)
+_MOST_DENSITY, _MOST_DENSITY_BF16, _MOST_DENSITY_AMX = 1 / 16, 1 / 64, 1 / 256
+_LEAST_ENTRIES_WORK = 1 << 21
+# rows of x and dY that are turned at a time
+_FEWEST_TURNED, _MOST_TURNED = 32, 256
 # a block of dW has at least this many bytes, at most this many elements, and at least this many
 # rows, below which vendor products are slow
 _LEAST_BYTES, _MOST_BLOCK, _LEAST_ROWS = 1 << 20, 1 << 20, 128
@@ -49,8 +65,8 @@ def masked_weight_grad(dy: Tensor, x: Tensor, mask: SparseMask, *, backend: str 
         backend: "auto", "triton" or "reference".
 
     Returns:
-        `[nnz]` in packed order, fp32 (fp64 for fp64 operands). Sums are fp32; on CPUs with bf16
-        matrix units the entries of 16-bit operands are rounded to bf16 after it.
+        `[nnz]` in packed order, fp32 (fp64 for fp64 operands). Sums are fp32; at densities above
+        1 in 64 on CPUs with bf16 matrix units, entries of bf16 operands are rounded to bf16.
 
     Raises:
         ValueError, TypeError: arguments that don't fit, with what was wanted.
@@ -103,7 +119,7 @@ def packed_gradient(dy: Tensor, x: Tensor, places: Places, backend: str) -> Tens
 
             return launch_grad.masked_gradient(dy, x, places)
         if backend == "torch":
-            return _blockwise(dy, x, places)
+            return (_by_entries if _few(x, places) else _by_blocks)(dy, x, places)
         return reference(dy, x, places)
 
 
@@ -128,12 +144,6 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-@functools.cache
-def _bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices faster than fp32 ones (x86 AMX or AVX512-BF16)."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
 def _block_rows(N: int, K: int, itemsize: int) -> int:
     """Rows of dW in a block, so that all blocks are about alike."""
     elements = min(_MOST_BLOCK, max(_LEAST_BYTES // itemsize, N * K // 16))
@@ -141,10 +151,54 @@ def _block_rows(N: int, K: int, itemsize: int) -> int:
     return -(-N // blocks)
 
 
-def _blockwise(dy: Tensor, x: Tensor, places: Places) -> Tensor:
-    """The CPU path."""
+def _few(x: Tensor, places: Places) -> bool:
+    """Whether so few entries are kept that each is best computed by itself."""
+    if x.shape[0] * places.mask.numel < _LEAST_ENTRIES_WORK:
+        return False
+    most = _MOST_DENSITY
+    if x.dtype == torch.bfloat16 and bf16_units():
+        most = _MOST_DENSITY_AMX if torch.cpu._is_amx_tile_supported() else _MOST_DENSITY_BF16
+    return places.mask.nnz <= most * places.mask.numel
+
+
+@functools.cache
+def _quiet_csr() -> None:
+    """Make the first CSR tensor of the process, at which torch warns that these are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
+
+
+def _by_entries(dy: Tensor, x: Tensor, places: Places) -> Tensor:
+    """Dot products of kept pairs of columns, a chunk of rows at a time."""
+    _quiet_csr()
+    (M, K), N, dtype = x.shape, dy.shape[1], wide(x.dtype)
+    most = max(_LEAST_BYTES // 4, N * K // 16) // (N + K)
+    step = min(M, max(_FEWEST_TURNED, min(_MOST_TURNED, most)))
+    total = torch.zeros(places.mask.nnz, dtype=dtype)
+    found = torch.sparse_csr_tensor(*places.csr(), total, (N, K), check_invariants=False)
+    for start in range(0, M, step):
+        chunk = slice(start, start + step)
+        dy_turned = _turned(dy[chunk], dtype, "masked_grad_dy")
+        x_turned = _turned(x[chunk], dtype, "masked_grad_x")
+        torch.sparse.sampled_addmm(found, dy_turned, x_turned.t(), out=found)
+    return found.values()
+
+
+def _turned(tensor: Tensor, dtype: torch.dtype, slot: str) -> Tensor:
+    """The transpose, contiguous, in scratch memory.
+
+    Turned, then widened: one copy that does both takes four times as long.
+    """
+    first = slot if tensor.dtype == dtype else "masked_grad_turned"
+    turned = scratch(tensor.t(), tensor.dtype, first).copy_(tensor.t())
+    return widened(turned, dtype, slot)
+
+
+def _by_blocks(dy: Tensor, x: Tensor, places: Places) -> Tensor:
+    """Dense products of blocks of rows of dW."""
     (M, K), N = x.shape, dy.shape[1]
-    halves = x.dtype == torch.bfloat16 and _bf16_units()
+    halves = x.dtype == torch.bfloat16 and bf16_units()
     dtype = x.dtype if halves else wide(x.dtype)
     rows = _block_rows(N, K, dtype.itemsize)
     step = M

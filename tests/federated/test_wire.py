@@ -259,6 +259,41 @@ def test_malformed_messages_are_refused(data, message):
         from_bytes(data)
 
 
+@pytest.mark.parametrize("depth", [70, 200, 500, *range(900, 1010), 5_000])
+def test_nesting_of_any_depth_is_refused(depth):
+    # at some depth reading just fits into Python's stack and writing it out again does not
+    nested = "[" * depth + "]" * depth
+    record = f'{{"format":"fastrank-payload","metadata":{{"x":{nested}}},"sha256":"","version":1}}'
+    header = json.dumps({"__metadata__": {"fastrank": record}}).encode()
+    with pytest.raises(WireError, match=r"nested deeper|recursion"):
+        from_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def test_what_is_too_deep_to_read_is_not_sent():
+    for depth, sendable in ((50, True), (64, False), (200, False)):
+        nested = {}
+        for _ in range(depth):
+            nested = {"x": nested}
+        if sendable:
+            assert from_bytes(to_bytes(Payload({}, nested))).metadata == nested
+        else:
+            with pytest.raises(WireError, match="nested deeper than 64"):
+                to_bytes(Payload({}, nested))
+
+
+def test_check_sees_shapes_and_metadata_before_a_tensor_is_made(monkeypatch):
+    payload, seen = sample(), []
+    from_bytes(to_bytes(payload), check=lambda *given: seen.append(given))
+    assert seen == [(spec_of(payload.tensors), payload.metadata)]
+
+    def refuse(spec, metadata):
+        raise WireError("not today")
+
+    monkeypatch.setattr(wire, "_tensor", lambda *_: pytest.fail("made a tensor"))
+    with pytest.raises(WireError, match="not today"):
+        from_bytes(to_bytes(payload), check=refuse)
+
+
 def test_size_limit_comes_first():
     data = to_bytes(sample())
     assert_same(sample(), from_bytes(data, max_bytes=len(data)))
