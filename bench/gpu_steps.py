@@ -287,7 +287,7 @@ def measure_grouped(out: Path, setting: Setting, deadline: float) -> bool:
 
 
 def measure_svd(out: Path, setting: Setting, deadline: float) -> bool:
-    """svd.json: truncated SVD of a model's matrices at once, against torch's and plain pipelines."""
+    """svd.json: truncated SVD of many matrices at once, against torch and plain pipelines."""
     device = pick_device(setting.device)
     results = Results(out / "svd.json", environment(device), resume=True)
     cases = [*svd_cases.cases(device, setting.rehearsal), *svd_merge.cases(device, True)]
