@@ -18,13 +18,14 @@ DEV := $(VENV)/.installed-dev-$(KEY)
 DEMO_ARGS ?= --num-clients 20 --clients-per-round 4 --num-rounds 8 --local-steps 10 --alpha 100 \
 	--max-eval-examples 400
 
-.PHONY: help demo test test-slow test-gpu lint clean
+.PHONY: help demo test test-slow test-gpu test-browser lint clean
 
 help:
 	@echo "make demo       federated fine-tuning on the embedded text, about 3 minutes on 2 cores"
 	@echo "make test       the tests that need no GPU, under 3 minutes on 2 cores"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make test-gpu   the tests that need a CUDA or ROCm device"
+	@echo "make test-browser  the comparison's page in headless Chromium (Debian: apt install chromium)"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make clean      remove $(VENV), builds and caches; runs/ stays"
 
@@ -40,6 +41,9 @@ test-slow: $(DEV)
 
 test-gpu: $(DEV)
 	$(BIN)/python -m pytest -q -m gpu
+
+test-browser: $(DEV)
+	$(BIN)/python -m pytest -q -m browser tests/federated
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: ``fastrank simulate | resume | bench | info``.
+"""The command line: ``fastrank simulate | resume | compare | bench | info``.
 
 Exit status: 0 done, 1 a failure inside (with its traceback), 2 bad input (one line), 130 Ctrl-C.
 """
@@ -93,6 +93,20 @@ def _parser(argv: Sequence[str]) -> argparse.Namespace:
     )
     resume.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder")
     resume.set_defaults(run=_resume)
+
+    compare = commands.add_parser(
+        "compare",
+        help="finished runs or configurations side by side",
+        description="A table, plots and one HTML page of finished runs, or of TOML files (with "
+        "grids, if they like), whose runs are made first: finished ones are skipped, interrupted "
+        "ones go on.",
+        allow_abbrev=False,
+    )
+    compare.set_defaults(run=_compare)
+    if argv and argv[0] == "compare":
+        from fastrank.federated.compare import add_options
+
+        add_options(compare)
 
     bench = commands.add_parser(
         "bench",
@@ -225,6 +239,24 @@ def _resume(arguments: argparse.Namespace) -> int:
     return _until_interrupted(
         lambda: Simulation.resume(arguments.run_dir, callbacks=[report]), arguments.run_dir
     )
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Exit status 1 where a run failed: the others are in the table."""
+    from rich.console import Console
+
+    from fastrank.federated.compare import make_comparison
+    from fastrank.federated.compare.text import print_comparison
+
+    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "command")}
+    console = Console(highlight=False)
+    try:
+        comparison = make_comparison(console=console, **given)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    print_comparison(console, comparison)
+    return 1 if comparison.failures else 0
 
 
 def _until_interrupted(work: Any, folder: str) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,8 @@ from fastrank.federated.cohort import sample_cohort
 from fastrank.federated.config import Config, resolve
 from fastrank.federated.exchange import Exchange
 from fastrank.federated.ledger import Ledger, Meter
-from fastrank.federated.local import LocalOptions, evaluate
-from fastrank.federated.methods.base import Method, Run, ServerState, Update
+from fastrank.federated.local import LocalOptions, evaluate, evaluate_in_turn
+from fastrank.federated.methods.base import Method, Run, ServerState, Update, mean_of
 from fastrank.federated.model import ResidentModel, load_resident
 from fastrank.federated.parallel import make_executor
 from fastrank.federated.partition import make_partition
@@ -267,6 +267,7 @@ class Simulation:
             meter.start()
             cohort = sample_cohort(len(self.partition), config.clients_per_round, config.seed, t)
             self._tell("on_round_start", t + 1, cohort)
+            state, noted = self._switched(state, t)
             method.arrange(self.model, state, t)
             exchange = Exchange(
                 method, state, t, clients, config.charge_initial, config.drop_nonfinite
@@ -278,13 +279,15 @@ class Simulation:
             first = next(updates, None)
             if first is not None:  # else every client was dropped and the state stays
                 state, metrics = method.aggregate(state, itertools.chain([first], updates), t)
-                if metrics:
-                    recorded = [*facts.get("metrics", []), {"round": t + 1, **metrics}]
-                    facts["metrics"] = recorded
+                noted |= metrics
+            if noted:
+                recorded = [*facts.get("metrics", []), {"round": t + 1, **noted}]
+                facts["metrics"] = recorded
             last = t + 1 == config.num_rounds
             score = {"loss": None, "accuracy": None}
             if last or (t + 1) % config.eval_every == 0:
-                score = self._evaluate(state, None if last else config.max_eval_examples)
+                limit = None if last else config.max_eval_examples
+                score = self._evaluate(state, limit, clients)
             traffic = dataclasses.asdict(exchange.traffic)
             row = ledger.add(
                 round=t + 1,
@@ -293,7 +296,7 @@ class Simulation:
                 accuracy=score["accuracy"],
                 clients=len(cohort),
                 dropped=len(exchange.dropped),
-                trainable_params=sum(v.numel() for v in state.tensors.values()),
+                trainable_params=method.trainable_params(state),
                 seconds=round(time.perf_counter() - began, 3),
                 peak_memory=meter.peak_memory(),
                 energy_j=meter.energy_j(),
@@ -315,14 +318,38 @@ class Simulation:
         if zeroed is not None:
             self._tell("on_stage", "evaluating with the adapters zeroed")
             without = self._evaluate(dataclasses.replace(state, tensors=zeroed), None)["accuracy"]
+        if own := self.method.personal(state, checkpoint.client_states):
+            state = dataclasses.replace(state, tensors=mean_of(own))
         self.method.finish(self.model, state)
         summary = rundir.finish(self, checkpoint, without)
         self._tell("on_end", summary)
         return RunResult(summary, checkpoint.rows, self.output_dir, self.model)
 
-    def _evaluate(self, state: ServerState, limit: int | None) -> dict[str, float]:
+    def _switched(self, state: ServerState, t: int) -> tuple[ServerState, dict[str, Any]]:
+        """The state after the server's change of form, if round t begins with one, and its record.
+
+        The whole test set is read before and after: what a change costs is the point of the record.
+        """
+        if not self.method.switches(t):
+            return state, {}
+        before = self._evaluate(state, None)
+        state, metrics = self.method.switch(self.model, state, t)
+        after = self._evaluate(state, None)
+        scores = {
+            f"{key}_{side}_switch": score[key]
+            for side, score in (("before", before), ("after", after))
+            for key in ("accuracy", "loss")
+        }
+        return state, {**scores, **metrics}
+
+    def _evaluate(
+        self, state: ServerState, limit: int | None, clients: Mapping[int, Any] | None = None
+    ) -> dict[str, float]:
+        size = self.config.per_device_eval_batch_size
         self.method.show(self.model, state)
-        return evaluate(self.model, self.test, self.config.per_device_eval_batch_size, limit)
+        if own := self.method.personal(state, clients or {}):
+            return evaluate_in_turn(self.model, own, self.test, size, limit)
+        return evaluate(self.model, self.test, size, limit)
 
     def _tell(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:

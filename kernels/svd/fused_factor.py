@@ -3,7 +3,7 @@
 One program a matrix. factor: R and R⁻¹ of a Gram matrix, blocked by 32 columns and in float64, with
 
     E  powers of two, so that the diagonal of E G E lies in [1, 4)       RᵀR = E G E
-    a pivot below `guard` times its diagonal drops its column            row j of R, column j of R⁻¹ 0
+    a pivot below `guard` drops its column                    row j of R, column j of R⁻¹ are 0
 
 so a column that depends on those before it (rank deficiency is normal here: a LoRA's B starts at
 zero, clients may be identical) costs nothing but a column of X R⁻¹ to be drawn anew.
@@ -44,30 +44,31 @@ def _gram_tile(part_ptr, o_i, o_j, q, splits):
 
 
 @triton.jit
-def _eliminated(D, diagonal, count, guard, BLOCK: tl.constexpr):
-    """(L⁻¹, least pivot) of a symmetric positive (BLOCK, BLOCK) tile; zero rows where dropped.
+def _eliminated(D, count, guard, BLOCK: tl.constexpr):
+    """(L⁻¹, the least pivot in each place) of a symmetric positive (BLOCK, BLOCK) tile.
+
+    Rows of L⁻¹ whose column was dropped are zero, its pivot counts for nothing.
 
     Gauss' elimination without pivoting: column j, once eliminated, holds L⁻¹'s column j.
     """
     o = tl.arange(0, BLOCK)
-    roots = tl.zeros((BLOCK,), dtype=tl.float64)
+    pivots = tl.zeros((BLOCK,), dtype=tl.float64)
     least = tl.full((BLOCK,), 1.0, dtype=tl.float64)
     for j in range(0, count):
         at = o == j
         row = tl.sum(tl.where(at[:, None], D, 0.0), axis=0)
         pivot = tl.sum(tl.where(at, row, 0.0), axis=0)
-        own = tl.sum(tl.where(at, diagonal, 0.0), axis=0)
-        kept = pivot > guard * own
-        root = tl.where(kept, 1.0 / tl.sqrt(tl.where(kept, pivot, 1.0)), 0.0)
+        kept = pivot > guard
         # by symmetry the row beyond the pivot is the column below it
-        factor = tl.where(o > j, row, 0.0) * (root * root)
+        factor = tl.where(o > j, row, 0.0) * tl.where(kept, 1.0 / tl.where(kept, pivot, 1.0), 0.0)
         D -= factor[:, None] * tl.where(at, 0.0, row)[None, :]
         D = tl.where(at[None, :] & (o > j)[:, None], -factor[:, None], D)
-        roots = tl.where(at, root, roots)
-        share = tl.where(kept, pivot / tl.where(kept, own, 1.0), 1.0)
-        least = tl.where(at, share, least)
+        pivots = tl.where(at, tl.where(kept, pivot, 0.0), pivots)
+        least = tl.minimum(least, tl.where(kept, pivot, 1.0))
     unit = tl.where(o[:, None] > o[None, :], D, tl.where(o[:, None] == o[None, :], 1.0, 0.0))
-    return unit * roots[:, None], tl.min(least, axis=0)
+    kept = pivots > 0.0
+    roots = tl.where(kept, 1.0 / tl.sqrt(tl.where(kept, pivots, 1.0)), 0.0)
+    return unit * roots[:, None], least
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -86,6 +87,7 @@ def svd_factor_kernel(
     padded,
     splits,
     guard,
+    weak,
     BLOCK: tl.constexpr,
     OPTIONAL: tl.constexpr,
 ):
@@ -97,7 +99,7 @@ def svd_factor_kernel(
         r_ptr, r_inverse_ptr: fp32 (G, q, q), R E⁻¹ and E R⁻¹ of R above: G's own.
         scale_ptr, length_ptr: float64 (G, q), the diagonal of E, and √diagonal of G.
         dropped_ptr: int32 (G, q), 1 where a column was dropped.
-        again_ptr: int32 (G), 1 where one was, or where a pivot below 1e-8 blurs the others.
+        again_ptr: int32 (G), 1 where one was, or a pivot is below `weak`.
         OPTIONAL: where `wanted` is 0, `again` becomes 0 and R and E the identity; the rest is
             not written.
     """
@@ -111,11 +113,20 @@ def svd_factor_kernel(
     scale_ptr += i_g * q
     length_ptr += i_g * q
     dropped_ptr += i_g * q
-    blocks = tl.cdiv(q, BLOCK)
-    wanted = True
-    if OPTIONAL:
-        wanted = tl.load(wanted_ptr + i_g) != 0
-        blocks = tl.where(wanted, blocks, 0)
+    blocks = (q + BLOCK - 1) // BLOCK
+    if OPTIONAL:  # noqa: SIM102 (the outer one is decided when compiling)
+        if tl.load(wanted_ptr + i_g) == 0:
+            for i in range(0, blocks):
+                o_i = i * BLOCK + o
+                m_i = o_i < q
+                tl.store(scale_ptr + o_i, (o_i * 0 + 1).to(tl.float64), mask=m_i)
+                for j in range(0, blocks):
+                    o_j = j * BLOCK + o
+                    one = (o_i[:, None] == o_j[None, :]).to(tl.float32)
+                    p_r = r_ptr + o_i[:, None] * q + o_j[None, :]
+                    tl.store(p_r, one, mask=m_i[:, None] & (o_j < q)[None, :])
+            tl.store(again_ptr + i_g, 0)
+            return
 
     for i in range(0, blocks):
         o_i = i * BLOCK + o
@@ -140,21 +151,18 @@ def svd_factor_kernel(
                 tl.store(inverse_ptr + o_j[:, None] * padded + o_i[None, :], zero)
     tl.debug_barrier()
 
-    least = tl.min(tl.full((BLOCK,), 1.0, dtype=tl.float64), axis=0)
-    lost = tl.sum(tl.zeros((BLOCK,), dtype=tl.int32), axis=0)
+    least = tl.full((BLOCK,), 1.0, dtype=tl.float64)
+    lost = o * 0
     for j in range(0, blocks):
         o_j = j * BLOCK + o
         p_jj = lower_ptr + o_j[:, None] * padded + o_j[None, :]
         D = tl.load(p_jj)
-        # the diagonal before anything was eliminated
-        e_j = tl.load(scale_ptr + o_j, mask=o_j < q, other=0.0)
-        length = tl.load(length_ptr + o_j, mask=o_j < q, other=0.0) * e_j
         count = tl.minimum(BLOCK, q - j * BLOCK)
-        L_inverse, pivot = _eliminated(D, length * length, count, guard, BLOCK)
+        L_inverse, pivot = _eliminated(D, count, guard, BLOCK)
         least = tl.minimum(least, pivot)
         own = tl.sum(tl.where(o[:, None] == o[None, :], L_inverse, 0.0), axis=1)
         dropped = ((own == 0.0) & (o_j < q)).to(tl.int32)
-        lost += tl.sum(dropped, axis=0)
+        lost += dropped
         tl.store(dropped_ptr + o_j, dropped, mask=o_j < q)
         tl.store(inverse_ptr + o_j[:, None] * padded + o_j[None, :], L_inverse)
         L_inverse = tl.trans(L_inverse)
@@ -206,36 +214,29 @@ def svd_factor_kernel(
             tl.store(r_ptr + out, R.to(tl.float32), mask=mask)
             R_inverse = tl.load(inverse_ptr + transposed) * e_i[:, None]
             tl.store(r_inverse_ptr + out, R_inverse.to(tl.float32), mask=mask)
-    if OPTIONAL:
-        if not wanted:
-            for i in range(0, tl.cdiv(q, BLOCK)):
-                o_i = i * BLOCK + o
-                tl.store(scale_ptr + o_i, tl.full((BLOCK,), 1.0, dtype=tl.float64), mask=o_i < q)
-                for j in range(0, tl.cdiv(q, BLOCK)):
-                    o_j = j * BLOCK + o
-                    one = tl.where(o_i[:, None] == o_j[None, :], 1.0, 0.0)
-                    mask = (o_i < q)[:, None] & (o_j < q)[None, :]
-                    tl.store(r_ptr + o_i[:, None] * q + o_j[None, :], one, mask=mask)
-    tl.store(again_ptr + i_g, ((lost > 0) | (least < 1e-8)).to(tl.int32))
+    tl.store(again_ptr + i_g, tl.max(((lost > 0) | (least < weak)).to(tl.int32), axis=0))
 
 
 @triton.jit
 def _largest(m_ptr, stride_r, stride_c, x, q, times, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """About λ_max(MᵀM), from below, by power iteration on x (BLOCK_Q)."""
+    """About λ_max(MᵀM), from below, by power iteration on x (BLOCK_Q), float64.
+
+    Of nearly dependent columns R⁻¹ is large enough for its fourth power to leave fp32.
+    """
     o_q = tl.arange(0, BLOCK_Q)
     x = x / tl.sqrt(tl.sum(x * x, axis=0))
     found = tl.sum(x * 0.0, axis=0)
     for _ in range(0, times):
-        z = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+        z = tl.zeros((BLOCK_Q,), dtype=tl.float64)
         for first in range(0, q, ROWS):
             o_r = first + tl.arange(0, ROWS)
             mask = (o_r < q)[:, None] & (o_q < q)[None, :]
             p_m = m_ptr + o_r[:, None] * stride_r + o_q[None, :] * stride_c
-            tile = tl.load(p_m, mask=mask, other=0.0)
+            tile = tl.load(p_m, mask=mask, other=0.0).to(tl.float64)
             y = tl.sum(tile * x[None, :], axis=1)
             z += tl.sum(tile * y[:, None], axis=0)
         found = tl.sqrt(tl.sum(z * z, axis=0))
-        x = z / tl.maximum(found, 1e-30)
+        x = z / tl.where(found > 0.0, found, 1.0)
     return found
 
 
@@ -255,7 +256,9 @@ def svd_filter_kernel(
     ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Coefficients (G, degree, 3) of one pass, Y₊ = α A Aᵀ Y + β Y + γ Y₋, and its mode (G).
+    """Coefficients (G, degree, 4) of one pass, Y₊ = α A Aᵀ Y + β Y + γ Y₋, and its mode (G).
+
+    The fourth is not used: it keeps each step's aligned.
 
     With R of B = AᵀQ: s² the largest squared singular value, c the smallest, e = c / 2, the steps
     of T_d((A Aᵀ - e) / e) have α = 1/e, β = -1, and then 2/e, -2, -1. The degree d of a matrix
@@ -266,7 +269,7 @@ def svd_filter_kernel(
     o_q = tl.arange(0, BLOCK_Q)
     m_q = o_q < q
     drawn = uniform_tile(seed_ptr, tl.arange(0, 1), 0, purpose, 1, BLOCK_Q)
-    x = tl.where(m_q, tl.sum(drawn, axis=0) + 1.25, 0.0)
+    x = tl.where(m_q, tl.sum(drawn, axis=0) + 1.25, 0.0).to(tl.float64)
     top = _largest(r_ptr + i_g * q * q, q, 1, x, q, times, ROWS, BLOCK_Q)
     # ends a little below, so c a little above the smallest value: 5 % more of it leave a tenth of
     # the energy missing, 30 % more leave a hundred times as much
@@ -275,14 +278,13 @@ def svd_filter_kernel(
     whole = (lost == 0) & (inverse > 0.0)
     c = tl.where(whole, 1.0 / tl.where(whole, inverse, 1.0), 0.0)
     ratio = tl.where(whole, tl.maximum(2.0 * top * inverse - 1.0, 1.001), 1e30)
-    growth = tl.log(2.0 * ratio)
-    growth = tl.where(ratio < 1e6, tl.log(ratio + tl.sqrt(ratio * ratio - 1.0)), growth)
+    growth = tl.log(ratio + tl.sqrt(ratio * ratio - 1.0)).to(tl.float32)
     steps = tl.minimum(tl.floor(most_growth / growth).to(tl.int32), degree)
     plain = steps < 2
     steps = tl.where(plain, 1, steps)
     tl.store(mode_ptr + i_g, plain.to(tl.int32))
-    half = tl.where(plain, 1.0, 0.5 * c)
-    coefficients_ptr += i_g * degree * 3
+    half = tl.where(plain, 1.0, 0.5 * c).to(tl.float32)
+    coefficients_ptr += i_g * degree * 4
     for k in range(0, degree):
         first = k == 0
         stays = k >= steps
@@ -290,6 +292,6 @@ def svd_filter_kernel(
         beta = tl.where(first, -1.0, -2.0)
         gamma = tl.where(first, 0.0, -1.0)
         beta = tl.where(plain, 0.0, beta)
-        tl.store(coefficients_ptr + 3 * k, tl.where(stays, 0.0, alpha))
-        tl.store(coefficients_ptr + 3 * k + 1, tl.where(stays, 1.0, beta))
-        tl.store(coefficients_ptr + 3 * k + 2, tl.where(stays, 0.0, gamma))
+        tl.store(coefficients_ptr + 4 * k, tl.where(stays, 0.0, alpha))
+        tl.store(coefficients_ptr + 4 * k + 1, tl.where(stays, 1.0, beta))
+        tl.store(coefficients_ptr + 4 * k + 2, tl.where(stays, 0.0, gamma))

@@ -18,7 +18,8 @@ Key decisions
 - A column of X is a row of a tile: sums run inside a warp.
 - Both sweep while the largest |cos| that a sweep met is above `tolerance`, on the device, to a cap.
 - cos is relative to both columns' lengths, so small directions are as orthogonal as large ones.
-- Square roots and quotients are rounded right: a rotation's drift would add up over a thousand.
+- A rotation's c² + s² is 1 to rounding, or a drift would add up over a thousand of them; angles
+  are as quick roots and quotients give them.
 """
 
 import triton
@@ -26,23 +27,24 @@ import triton.language as tl
 
 
 @triton.jit
-def _rotation(p, q):
-    """(cos, sin) that make rows of p and q orthogonal as c p - s q, s p + c q; and |cos| of them.
+def _rotation(a, b, g):
+    """(c, s) so that c p - s q and s p + c q are orthogonal, and |cos| between p and q.
 
-    Rutishauser's formulas, the smaller of the two angles. Rows of (numerically) no length stay.
+    Of rows with products a, b, g; Rutishauser's formulas, the smaller of the two angles. Rows of
+    (numerically) no length stay.
     """
-    a = tl.sum(p * p, axis=1)
-    b = tl.sum(q * q, axis=1)
-    g = tl.sum(p * q, axis=1)
     live = (a > 1e-36) & (b > 1e-36) & (g != 0.0)
-    lengths = tl.sqrt_rn(tl.where(live, a, 1.0)) * tl.sqrt_rn(tl.where(live, b, 1.0))
-    met = tl.where(live, tl.abs(g) / lengths, 0.0)
-    zeta = tl.div_rn(b - a, 2.0 * tl.where(live, g, 1.0))
+    g = tl.where(live, g, 1.0)
+    met = tl.abs(g) * tl.rsqrt(tl.where(live, a, 1.0)) * tl.rsqrt(tl.where(live, b, 1.0))
+    zeta = (b - a) / (2.0 * g)
     size = tl.minimum(tl.abs(zeta), 1e18)  # its square stays finite
-    t = tl.div_rn(tl.where(zeta < 0.0, -1.0, 1.0), size + tl.sqrt_rn(1.0 + size * size))
+    t = tl.where(zeta < 0.0, -1.0, 1.0) / (size + tl.sqrt(1.0 + size * size))
     t = tl.where(live, t, 0.0)
-    c = tl.div_rn(1.0, tl.sqrt_rn(1.0 + t * t))
-    return c, c * t, met
+    # an angle may be a little off, but c² + s² must be 1: a Newton step makes up for rsqrt
+    square = 1.0 + t * t
+    c = tl.rsqrt(square)
+    c = c * (1.5 - 0.5 * square * c * c)
+    return c, c * t, tl.where(live, met, 0.0)
 
 
 @triton.jit
@@ -102,14 +104,16 @@ def svd_jacobi_kernel(
     while (worst > tolerance) & (sweep < most_sweeps):
         seen = tl.zeros((BLOCK_H,), dtype=tl.float32)
         for _ in range(0, pairs):
-            c, s, met = _rotation(p, q_)
+            g = tl.sum(p * q_, axis=1)
+            c, s, met = _rotation(tl.sum(p * p, axis=1), tl.sum(q_ * q_, axis=1), g)
             seen = tl.maximum(seen, met)
             turned = c[:, None] * p - s[:, None] * q_
             p = s[:, None] * p + c[:, None] * q_
             q_ = turned
             # column 2i + 1 with column 2i + 2; the line's two ends wait
             shifted = tl.gather(p, following, 0)
-            c, s, met = _rotation(q_, shifted)
+            g = tl.sum(q_ * shifted, axis=1)
+            c, s, met = _rotation(tl.sum(q_ * q_, axis=1), tl.sum(shifted * shifted, axis=1), g)
             seen = tl.maximum(seen, tl.where(inner, met, 0.0))
             turned = c[:, None] * q_ - s[:, None] * shifted
             other = s[:, None] * q_ + c[:, None] * shifted
@@ -141,6 +145,7 @@ def svd_jacobi_memory_kernel(
     length_ptr,
     status_ptr,
     q,
+    padded,
     r,
     most_sweeps,
     tolerance,
@@ -148,30 +153,34 @@ def svd_jacobi_memory_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """The same with the line in memory; BLOCK_H pairs at a time, BLOCK_L at least q.
+    """The same with the line in memory; BLOCK_H pairs at a time, BLOCK_L at least half of padded.
+
+    Columns are worked on as two halves: up to 256 entries, a warp then holds whole ones.
 
     Args:
-        line_ptr: fp32 (G, 2 ceil(q / 2), q), memory; length_ptr: fp32 (G, 2 ceil(q / 2)).
+        line_ptr: fp32 (G, 2 ceil(q / 2), padded), memory; length_ptr: fp32 (G, 2 ceil(q / 2)).
+        padded: q or more, a multiple of 16: every load is whole then.
     """
     i_g = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BLOCK_H)
     o_l = tl.arange(0, BLOCK_L)
-    m_l = o_l < q
+    m_0 = (o_l < padded)[None, :]
+    m_1 = (BLOCK_L + o_l < padded)[None, :]
     pairs = (q + 1) // 2
     columns = 2 * pairs
     x_ptr += i_g * q * q
     u_ptr += i_g * r * q
-    line_ptr += i_g * columns * q
+    line_ptr += i_g * columns * padded
     length_ptr += i_g * columns
     for first in range(0, columns, BLOCK_H):
         o_c = first + o_h
-        source = tl.load(
-            x_ptr + o_c[:, None] * q + o_l[None, :],
-            mask=(o_c < q)[:, None] & m_l[None, :],
-            other=0.0,
-        )
-        p_line = line_ptr + o_c[:, None] * q + o_l[None, :]
-        tl.store(p_line, source, mask=(o_c < columns)[:, None] & m_l[None, :])
+        m_c = (o_c < columns)[:, None]
+        p_x = x_ptr + o_c[:, None] * q + o_l[None, :]
+        p_line = line_ptr + o_c[:, None] * padded + o_l[None, :]
+        for half in tl.static_range(2):
+            inside = (o_c < q)[:, None] & (half * BLOCK_L + o_l < q)[None, :]
+            rows = tl.load(p_x + half * BLOCK_L, mask=inside, other=0.0)
+            tl.store(p_line + half * BLOCK_L, rows, mask=m_c & (m_1 if half else m_0))
     tl.debug_barrier()
 
     sweep = 0
@@ -182,14 +191,24 @@ def svd_jacobi_memory_kernel(
             odd = step % 2
             for first in range(0, pairs - odd, BLOCK_H):
                 o_p = first + o_h
-                mask = (o_p < pairs - odd)[:, None] & m_l[None, :]
-                p_p = line_ptr + (2 * o_p + odd)[:, None] * q + o_l[None, :]
-                p = tl.load(p_p, mask=mask, other=0.0)
-                q_ = tl.load(p_p + q, mask=mask, other=0.0)
-                c, s, met = _rotation(p, q_)
+                m_p = (o_p < pairs - odd)[:, None]
+                p_p = line_ptr + (2 * o_p + odd)[:, None] * padded + o_l[None, :]
+                p_q = p_p + padded
+                p_0 = tl.load(p_p, mask=m_p & m_0, other=0.0)
+                p_1 = tl.load(p_p + BLOCK_L, mask=m_p & m_1, other=0.0)
+                q_0 = tl.load(p_q, mask=m_p & m_0, other=0.0)
+                q_1 = tl.load(p_q + BLOCK_L, mask=m_p & m_1, other=0.0)
+                a = tl.sum(p_0 * p_0 + p_1 * p_1, axis=1)
+                b = tl.sum(q_0 * q_0 + q_1 * q_1, axis=1)
+                g = tl.sum(p_0 * q_0 + p_1 * q_1, axis=1)
+                c, s, met = _rotation(a, b, g)
                 seen = tl.maximum(seen, met)
-                tl.store(p_p, s[:, None] * p + c[:, None] * q_, mask=mask)
-                tl.store(p_p + q, c[:, None] * p - s[:, None] * q_, mask=mask)
+                c = c[:, None]
+                s = s[:, None]
+                tl.store(p_p, s * p_0 + c * q_0, mask=m_p & m_0)
+                tl.store(p_p + BLOCK_L, s * p_1 + c * q_1, mask=m_p & m_1)
+                tl.store(p_q, c * p_0 - s * q_0, mask=m_p & m_0)
+                tl.store(p_q + BLOCK_L, c * p_1 - s * q_1, mask=m_p & m_1)
             tl.debug_barrier()
         worst = tl.max(seen, axis=0)
         sweep += 1
@@ -198,19 +217,23 @@ def svd_jacobi_memory_kernel(
     for first in range(0, columns, BLOCK_H):
         o_c = first + o_h
         m_c = o_c < columns
-        p_line = line_ptr + o_c[:, None] * q + o_l[None, :]
-        rows = tl.load(p_line, mask=m_c[:, None] & m_l[None, :], other=0.0)
-        tl.store(length_ptr + o_c, tl.sqrt(tl.sum(rows * rows, axis=1)), mask=m_c)
+        p_line = line_ptr + o_c[:, None] * padded + o_l[None, :]
+        row_0 = tl.load(p_line, mask=m_c[:, None] & m_0, other=0.0)
+        row_1 = tl.load(p_line + BLOCK_L, mask=m_c[:, None] & m_1, other=0.0)
+        square = tl.sum(row_0 * row_0 + row_1 * row_1, axis=1)
+        tl.store(length_ptr + o_c, tl.sqrt(square), mask=m_c)
     tl.debug_barrier()
     for first in range(0, columns, BLOCK_H):
         o_c = first + o_h
         m_c = o_c < columns
         own = tl.load(length_ptr + o_c, mask=m_c, other=-1.0)
         place = tl.zeros((BLOCK_H,), dtype=tl.int32)
-        for other in range(0, columns, BLOCK_L):
-            o_o = other + o_l
+        for other in range(0, columns, 32):
+            o_o = other + tl.arange(0, 32)
             lengths = tl.load(length_ptr + o_o, mask=o_o < columns, other=-1.0)
             place += _before(lengths, o_o, own, o_c)
-        p_line = line_ptr + o_c[:, None] * q + o_l[None, :]
-        rows = tl.load(p_line, mask=m_c[:, None] & m_l[None, :], other=0.0)
-        _put(u_ptr, rows, own, place, o_l, q, r, m_c)
+        p_line = line_ptr + o_c[:, None] * padded + o_l[None, :]
+        row_0 = tl.load(p_line, mask=m_c[:, None] & m_0, other=0.0)
+        row_1 = tl.load(p_line + BLOCK_L, mask=m_c[:, None] & m_1, other=0.0)
+        _put(u_ptr, row_0, own, place, o_l, q, r, m_c)
+        _put(u_ptr, row_1, own, place, BLOCK_L + o_l, q, r, m_c)

@@ -218,6 +218,45 @@ def svd_gram_kernel(
         tl.store(p_part, acc, mask=(o_i < q)[:, None] & (o_j < q)[None, :])
 
 
+@triton.jit
+def _apply_block(
+    out_ptr,
+    x_ptr,
+    inverse_ptr,
+    dropped_ptr,
+    seed_ptr,
+    o_m,
+    i_q,
+    M,
+    q,
+    stride_xm,
+    stride_xq,
+    purpose,
+    size,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Column block i_q of rows o_m of X R⁻¹, one matrix."""
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    m_m = o_m < M
+    m_q = o_q < q
+    acc = tl.zeros((o_m.shape[0], BLOCK_Q), dtype=tl.float32)
+    for k in range(0, tl.minimum(q, (i_q + 1) * BLOCK_Q), BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        m_k = o_k < q
+        p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :].to(tl.int64) * stride_xq
+        b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+        p_inverse = inverse_ptr + o_k[:, None] * q + o_q[None, :]
+        b_inverse = tl.load(p_inverse, mask=m_k[:, None] & m_q[None, :], other=0.0)
+        acc = tl.dot(b_x, b_inverse, acc, input_precision=PRECISION)
+    dropped = tl.load(dropped_ptr + o_q, mask=m_q, other=0) != 0
+    if tl.max(dropped.to(tl.int32), axis=0) > 0:
+        drawn = uniform_tile(seed_ptr, o_m, i_q * BLOCK_Q, purpose, o_m.shape[0], BLOCK_Q) * size
+        acc = tl.where(dropped[None, :], drawn, acc)
+    tl.store(out_ptr + o_m[:, None] * q + o_q[None, :], acc, mask=m_m[:, None] & m_q[None, :])
+
+
 @triton.jit(do_not_specialize=["purpose"])
 def svd_apply_kernel(
     out_ptr,
@@ -241,38 +280,25 @@ def svd_apply_kernel(
 ):
     """out (G, M, q) = X R⁻¹ with R⁻¹ upper triangular; dropped columns are drawn in ±size.
 
-    OPTIONAL: out = X where `wanted` is 0.
+    OPTIONAL: nothing is done where `wanted` is 0, and out may be X: a program has whole rows, of
+    which it replaces the last columns first, on which no others depend.
     """
     i_g, i_m = place(tl.cdiv(M, BLOCK_M))
-    i_q = tl.program_id(1)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    m_m = o_m < M
-    m_q = o_q < q
+    out_ptr += i_g * M * q
     x_ptr += i_g * stride_xg
     inverse_ptr += i_g * q * q
-    mask = m_m[:, None] & m_q[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_Q), dtype=tl.float32)
-    length = tl.minimum(q, (i_q + 1) * BLOCK_Q)
+    dropped_ptr += i_g * q
     if OPTIONAL:
-        wanted = tl.load(wanted_ptr + i_g) != 0
-        length = tl.where(wanted, length, 0)
-    for k in range(0, length, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        m_k = o_k < q
-        p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :].to(tl.int64) * stride_xq
-        b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-        p_inverse = inverse_ptr + o_k[:, None] * q + o_q[None, :]
-        b_inverse = tl.load(p_inverse, mask=m_k[:, None] & m_q[None, :], other=0.0)
-        acc = tl.dot(b_x, b_inverse, acc, input_precision=PRECISION)
-    dropped = tl.load(dropped_ptr + i_g * q + o_q, mask=m_q, other=0) != 0
-    if OPTIONAL:
-        dropped = dropped & wanted
-    if tl.max(dropped.to(tl.int32), axis=0) > 0:
-        drawn = uniform_tile(seed_ptr, o_m, i_q * BLOCK_Q, purpose, BLOCK_M, BLOCK_Q) * size
-        acc = tl.where(dropped[None, :], drawn, acc)
-    if OPTIONAL:
-        if not wanted:
-            p_x = x_ptr + o_m[:, None] * stride_xm + o_q[None, :].to(tl.int64) * stride_xq
-            acc = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + (i_g * M + o_m[:, None]) * q + o_q[None, :], acc, mask=mask)
+        blocks = tl.cdiv(q, BLOCK_Q)
+        blocks = tl.where(tl.load(wanted_ptr + i_g) == 0, 0, blocks)
+        for i in range(0, blocks):
+            _apply_block(
+                out_ptr, x_ptr, inverse_ptr, dropped_ptr, seed_ptr, o_m, blocks - 1 - i, M, q,
+                stride_xm, stride_xq, purpose, size, BLOCK_K, BLOCK_Q, PRECISION,
+            )  # fmt: skip
+    else:
+        _apply_block(
+            out_ptr, x_ptr, inverse_ptr, dropped_ptr, seed_ptr, o_m, tl.program_id(1), M, q,
+            stride_xm, stride_xq, purpose, size, BLOCK_K, BLOCK_Q, PRECISION,
+        )  # fmt: skip

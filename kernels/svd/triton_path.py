@@ -10,8 +10,8 @@ spectra of masked updates: all below the block's smallest Ritz value stays, all 
 Key decisions
 - Nothing waits for the device: degrees, repeated orthogonalisations and sweeps are decided there,
   matrix by matrix, and launches are the same for any values.
-- Orthogonalisation is Cholesky QR with a float64 Gram matrix, once between filters and twice where
-  orthonormal columns are needed, and once more where columns were dropped and drawn anew.
+- Orthogonalisation is Cholesky QR with a float64 Gram matrix, repeated for matrices whose pivots
+  were small, and where columns were dropped and drawn anew.
 - Where a filter would grow the largest direction more than fp32 can stand beside the others, the
   degree falls, down to a plain step Y = A orth(B).
 - S is measured on B itself, so neither the Gram matrix nor Jacobi's drift limits it; columns of V
@@ -28,9 +28,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrank.kernels.svd import launchers
-from fastrank.kernels.svd.launchers import CORE_GUARD, GUARD, Combine, Dense, Factor, Scales, Sparse
-from fastrank.kernels.svd.operands import TruncatedSVD
+from fastrank.kernels.common.launch import cdiv
+from fastrank.kernels.svd import launch_products, launchers
+from fastrank.kernels.svd.launch_products import Combine, Dense, Scales, Sparse
+from fastrank.kernels.svd.launchers import CORE_GUARD, FINE, GUARD, LOOSE, Factor
+from fastrank.kernels.svd.operands import NONFINITE, TruncatedSVD
 from fastrank.kernels.svd.presets import Preset
 from fastrank.kernels.svd.sparse import SparseBatch
 
@@ -38,8 +40,8 @@ from fastrank.kernels.svd.sparse import SparseBatch
 MOST_GROWTH = 16.0
 # a core of this size is decomposed whole
 DIRECT = 256
-# what a larger one is given beyond its rank, passes and degrees
-_CORE_EXTRA, _CORE_PASSES, _CORE_DEGREE = 64, 5, 8
+# what a larger one is given, unless its block would be half of it
+CORE = Preset(5, 8, 64, 0.0)
 
 
 class Parts(NamedTuple):
@@ -58,35 +60,36 @@ class Orthonormal:
         self.seed, self.draws = seed, 0
 
     def once(self, X: Tensor, by: Factor, wanted: Tensor | None = None) -> Tensor:
-        """X R⁻¹."""
+        """X R⁻¹, into X itself for `wanted` matrices."""
         self.draws += 1
         return launchers.apply_inverse(X, by, self.seed, self.draws, wanted)
 
-    def basis(self, X: Tensor, passes: int, spare: int = 1) -> tuple[Tensor, list[Factor]]:
+    def basis(self, X: Tensor, weak: float, spare: int) -> tuple[Tensor, list[Factor]]:
         """Q (G, M, q) and the factors whose product is R, first to last.
 
         Args:
             X: [G, M, q], M >= q, any strides.
-            passes: for every matrix; after 1, Q is orthonormal to eps times X's condition.
-            spare: more for matrices of which a column was dropped or weak.
+            weak: see launchers.factor.
+            spare: how many more passes there are for matrices that need them.
         """
-        factors: list[Factor] = []
-        for i in range(passes + spare):
-            wanted = factors[-1].again if i >= passes else None
-            factors.append(launchers.factor(X, GUARD, wanted))
+        factors = [launchers.factor(X, GUARD, weak)]
+        X = self.once(X, factors[0])
+        for _ in range(spare):
+            wanted = factors[-1].again
+            factors.append(launchers.factor(X, GUARD, weak, wanted))
             X = self.once(X, factors[-1], wanted)
         return X, factors
 
 
 def dense(A: Tensor, rank: int, preset: Preset, seed: int) -> TruncatedSVD:
     """Of matrices [G, N, K], fp32, bf16 or fp16, any strides."""
-    scales = launchers.measure(A)
+    scales = launch_products.measure(A)
     return _of_operator(Dense(A, scales), scales, rank, preset, seed)
 
 
 def sparse(batch: SparseBatch, rank: int, preset: Preset, seed: int) -> TruncatedSVD:
     """Of sparse matrices."""
-    scales = launchers.measure(batch)
+    scales = launch_products.measure(batch)
     return _of_operator(Sparse(batch, scales), scales, rank, preset, seed)
 
 
@@ -95,9 +98,9 @@ def factored(
 ) -> TruncatedSVD:
     """Of Σ_q weights_q b_q a_qᵀ, for B [G, N, Q], A [G, Q, K], weights [Q] or [G, Q].
 
-    Exact to rounding at any preset while the core is at most DIRECT wide.
+    The same at any preset: exact to rounding where the core is decomposed whole.
     """
-    orthonormal = Orthonormal(launchers.seed_tensor(seed, B.device))
+    orthonormal = Orthonormal(launch_products.seed_tensor(seed, B.device))
     left, right = _side(B, orthonormal), _side(A.mT, orthonormal)
     finite = (left.status | right.status) == 0
     each = left.size * right.size  # (G, Q), float64
@@ -106,17 +109,16 @@ def factored(
         finite = finite & each.isfinite().all(1)
     each = torch.where(finite[:, None], each, 0.0)
     most = each.abs().amax(1)
-    _, exponent = torch.frexp(most)
-    multiplier = torch.ldexp(torch.ones_like(most), -exponent)
+    multiplier = power_of_two(-torch.frexp(most).exponent)
     scaled = (each * multiplier[:, None]).float()
     safe = finite[:, None, None]
     L = torch.where(safe, left.R * scaled[:, None, :], 0.0)
-    core = launchers.product(L, torch.where(safe, right.R, 0.0).mT)
-    parts = _of_core(core, rank, preset, orthonormal, seed)
-    U = parts.U if left.Q is None else launchers.product(left.Q, parts.U)
-    V = parts.V if right.Q is None else launchers.product(right.Q, parts.V)
+    core = launch_products.product(L, torch.where(safe, right.R, 0.0).mT)
+    parts = _of_core(core, rank, orthonormal)
+    U = parts.U if left.Q is None else launch_products.product(left.Q, parts.U)
+    V = parts.V if right.Q is None else launch_products.product(right.Q, parts.V)
     norm2 = core.double().square().sum((1, 2)) / multiplier.square()
-    status = torch.where(finite, 0, launchers.NONFINITE).int()
+    status = torch.where(finite, 0, NONFINITE).int()
     scales = Scales(multiplier, norm2, status)
     return launchers.finish(U, V, parts.length, multiplier, scales, parts.status)
 
@@ -124,7 +126,7 @@ def factored(
 def _of_operator(
     operator: Dense | Sparse, scales: Scales, rank: int, preset: Preset, seed: int
 ) -> TruncatedSVD:
-    seed_tensor = launchers.seed_tensor(seed, operator.device)
+    seed_tensor = launch_products.seed_tensor(seed, operator.device)
     parts = _range_and_core(operator, rank, preset, Orthonormal(seed_tensor))
     U, V, length, status = parts
     return launchers.finish(U, V, length, scales.multiplier, scales, status)
@@ -135,13 +137,14 @@ def _range_and_core(
 ) -> Parts:
     """Of matrices scaled to entries of about 1."""
     _, N, K = operator.shape
-    width = min(rank + preset.extra, N, K)
+    # a multiple of 16: every load is whole then
+    width = min(cdiv(rank + preset.extra, 16) * 16, N, K)
     passes = 0 if width == min(N, K) else preset.passes
-    Y = operator.apply(launchers.draw(orthonormal.seed, K, width))
+    Y = operator.apply(launch_products.draw(orthonormal.seed, K, width))
     for _ in range(passes):
-        Q, _ = orthonormal.basis(Y, 1)
+        Q, _ = orthonormal.basis(Y, LOOSE, 1)
         Y = _filtered(operator, Q, preset.degree, orthonormal)
-    Q, _ = orthonormal.basis(Y, 2)
+    Q, _ = orthonormal.basis(Y, FINE, 2)
     return _core(operator.apply_t(Q), rank, orthonormal, Q)
 
 
@@ -163,12 +166,17 @@ def _core(B: Tensor, rank: int, orthonormal: Orthonormal, Q: Tensor | None = Non
     """Of A = Q Bᵀ with orthonormal Q [G, N, q] (None: the identity), for B [G, K, q], K >= q."""
     R = launchers.factor(B, CORE_GUARD).R
     rows, status = launchers.jacobi(R, rank)
-    V = launchers.product(B, rows.mT)
-    U, _ = orthonormal.basis(rows.mT, 2)
-    V, factors = orthonormal.basis(V, 2)
+    V = launch_products.product(B, rows.mT)
+    U, _ = orthonormal.basis(rows.mT, FINE, 2)
+    V, factors = orthonormal.basis(V, FINE, 2)
     if Q is not None:
-        U = launchers.product(Q, U)
+        U = launch_products.product(Q, U)
     return Parts(U, V, factors[0].length, status)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2**exponent in float64, exact: torch.ldexp goes through fp32."""
+    return ((1023 + exponent.long().clamp(-1022, 1023)) << 52).view(torch.float64)
 
 
 class _Side(NamedTuple):
@@ -183,28 +191,27 @@ class _Side(NamedTuple):
 def _side(X: Tensor, orthonormal: Orthonormal) -> _Side:
     """Of X [G, n, Q]; where Q >= n, the identity and X itself."""
     _, n, Q = X.shape
-    if Q >= n:
-        _, exponent = torch.frexp(X.float().abs().amax(1))
-        size = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
-        status = launchers.measure(X).status
+    if n <= Q:
+        size = power_of_two(torch.frexp(X.float().abs().amax(1)).exponent)
+        status = launch_products.measure(X).status
         return _Side(None, (X / size[:, None, :]).float(), size, status)
-    basis, factors = orthonormal.basis(X, 2)
+    # Triton 3.6 can't widen sixteen bits to float64 on the way into a dot
+    basis, factors = orthonormal.basis(X.float(), FINE, 2)
     scale = factors[0].scale
     R = factors[0].R * scale.float()[:, None, :]
     for by in factors[1:]:
-        R = launchers.product(by.R, R)
-    return _Side(basis, R, 1.0 / scale, launchers.measure(X).status)
+        R = launch_products.product(by.R, R)
+    return _Side(basis, R, 1.0 / scale, launch_products.measure(X).status)
 
 
-def _of_core(core: Tensor, rank: int, preset: Preset, orthonormal: Orthonormal, seed: int) -> Parts:
+def _of_core(core: Tensor, rank: int, orthonormal: Orthonormal) -> Parts:
     """Of core matrices (G, m, k)."""
     _, m, k = core.shape
     if m > k:
-        U, V, length, status = _of_core(core.mT, rank, preset, orthonormal, seed)
+        U, V, length, status = _of_core(core.mT, rank, orthonormal)
         return Parts(V, U, length, status)
-    if m <= DIRECT or rank + _CORE_EXTRA > m // 2:
+    if m <= DIRECT or rank + CORE.extra > m // 2:
         return _core(core.mT, rank, orthonormal)
-    wide = Preset(_CORE_PASSES, _CORE_DEGREE, _CORE_EXTRA, preset.missing)
     ones = torch.ones(core.shape[0], dtype=torch.float32, device=core.device)
     scales = Scales(ones, ones.double(), torch.zeros_like(ones, dtype=torch.int32))
-    return _range_and_core(Dense(core, scales), rank, wide, orthonormal)
+    return _range_and_core(Dense(core, scales), rank, CORE, orthonormal)

@@ -8,18 +8,22 @@ products is not the product of means, so the average is biased; later methods ar
     round:  clients <- A, B, head
             local AdamW on A, B, head
             A, B, head = sum p_i (A_i, B_i, head_i)
+
+What the bias comes to in a round is recorded: agg_noise, the norm of s (sum p_i B_i A_i - B A).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastrank.errors import UsageError
-from fastrank.federated.methods.base import Method, ServerState
+from fastrank.federated.methods._factors import averaging_noise, pairs, shares
+from fastrank.federated.methods.base import Method, ServerState, Update, weighted_mean
 
 if TYPE_CHECKING:
     from fastrank.federated.model import ResidentModel
@@ -63,6 +67,21 @@ class FedIT(Method):
         )
         head = model.head_names() if self.head == "train" else []
         return ServerState(tensors=model.read(model.lora_names() + head), head=tuple(head))
+
+    @property
+    def scale(self) -> float:
+        """s: what B A is multiplied by, the same for the whole run."""
+        return self.lora_alpha / self.r
+
+    def aggregate(
+        self, state: ServerState, updates: Iterable[Update], round: int
+    ) -> tuple[ServerState, dict[str, Any]]:
+        updates = list(updates)
+        mean = weighted_mean(updates, self.weighting)
+        clients = [pairs(update.payload.tensors) for update in updates]
+        p = shares(updates, self.weighting)
+        noise = averaging_noise(clients, p, pairs(mean), self.scale)
+        return replace(state, tensors={**state.tensors, **mean}), {"agg_noise": noise}
 
     def without_adapters(self, state: ServerState) -> dict[str, Tensor]:
         return {
