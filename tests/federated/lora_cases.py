@@ -2,6 +2,8 @@
 
 import torch
 
+from fastrank.federated.methods import FedExLoRA, FLoRA
+from fastrank.federated.methods import _base_change as base_change
 from fastrank.federated.methods._factors import pairs
 from fastrank.federated.methods.base import Run, Update
 from fastrank.federated.wire import from_bytes, to_bytes
@@ -10,6 +12,8 @@ from fastrank.federated.wire import from_bytes, to_bytes
 SHAPES = {"net.0.q": (7, 7), "net.1.up": (9, 4), "net.1.down": (4, 9)}
 WIDE = {"net.0.q": (40, 50), "net.1.up": (60, 40)}
 HEAD = "head.weight"
+COHORT = (0, 2, 3)  # of 6 clients; with i + 1 examples each
+MIXED = (1, 2, 4)  # ranks
 
 
 class Bare:
@@ -97,3 +101,13 @@ def close(found, wanted, tolerance=1e-5):
     assert found.keys() == wanted.keys()
     off = norm(found[m] - wanted[m] for m in wanted) / norm(wanted.values())
     assert off <= tolerance, off
+
+
+def whole(method, state):
+    """module -> what the global model adds to the first weights, dense float64."""
+    if isinstance(method, FLoRA):
+        return {m: c.double() for m, c in base_change.changes(state).items()}
+    found = product(method, everything(method, state))
+    if isinstance(method, FedExLoRA):
+        found = {m: d + base_change.changes(state)[m] for m, d in found.items()}
+    return found

@@ -249,7 +249,9 @@ def test_the_command_prints_the_table_and_the_files(tmp_path, capsys):
     assert "75.0" in out
     assert "target accuracy: 67.5 %" in out
     assert str(tmp_path / "out" / "compare.html") in out
-    assert "…" not in out  # nothing is cut where there is no terminal
+    # nothing is cut or left out where there is no terminal
+    assert "…" not in out
+    assert "payload" in out
 
 
 def test_a_narrow_terminal_gets_fewer_columns(tmp_path):

@@ -157,15 +157,15 @@ def test_runs_without_accuracy_have_no_curves(tmp_path):
 
 def test_ranks_of_a_run(tmp_path):
     """A gap keeps what was; a module that is gone has rank 0."""
-    folder = fabricate(tmp_path / "a", [0.5] * 4, ranks=[{"x": 4, "y": 3}])
+    folder = fabricate(tmp_path / "a", [0.5] * 5, ranks=[{"x": 4, "y": 3}])
     (folder / "metrics.jsonl").write_text(
         '{"round": 2, "ranks": {"x": 4, "y": 3}}\n{"round": 3, "noise": 1}\n'
         '{"round": 4, "ranks": {"x": 1}}\n'
     )
     modules, rounds, values = ranks_of(load_run(folder))
     assert modules == ["x", "y"]
-    assert rounds == [1, 2, 3, 4]
-    assert np.array_equal(values, [[4, 4, 4, 1], [3, 3, 3, 0]])
+    assert rounds == [1, 2, 3, 4, 5]
+    assert np.array_equal(values, [[4, 4, 4, 1, 1], [3, 3, 3, 0, 0]])
     assert ranks_of(load_run(fabricate(tmp_path / "b", [0.5]))) is None
 
 

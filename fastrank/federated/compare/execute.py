@@ -142,9 +142,7 @@ def command_of(planned: Planned, folder: Path, state: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def keep_records(folder: Path) -> None:

@@ -63,7 +63,7 @@ class FedARA(FedIT):
             smoothed product with uncertainty, over the round) or "magnitude" (|E| ‖B‖ ‖A‖).
         arbitration: "exact" keeps b(t) triplets; "threshold" those that vote_threshold of the
             clients want, whatever their number.
-        vote_threshold: that share.
+        vote_threshold: the share of votes that "threshold" asks for.
         tie_break: "magnitude" of the server's averages, or "score": clients also send the scores.
         form: "svd", or "lora" without E.
         allocate: False keeps every rank.

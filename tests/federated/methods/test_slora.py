@@ -305,7 +305,8 @@ def test_payload_bytes_equal_the_formula(sparse, keep, dtype, width):
 
 
 def test_resumes_at_any_round(sparse, tmp_path):
-    whole = assert_resumes_everywhere(sparse | {"keep_residual": True, "num_rounds": 3}, tmp_path)
+    changed = {"keep_residual": True, "num_rounds": 3, "stage1": 0.3}  # the switch is in between
+    whole = assert_resumes_everywhere(sparse | changed, tmp_path)
     assert (whole.output_dir / "base").exists()
 
 
