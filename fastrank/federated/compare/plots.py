@@ -75,7 +75,8 @@ def _curves(
         return None
     panels = list(dict.fromkeys(map(setting_name, scored)))
     styles = dict(zip(dict.fromkeys(g.label for g in scored), _styles(), strict=False))
-    figure, axes = _panels(pyplot, len(panels), 4.2, 3.4)
+    width, height = (4.2, 3.4) if panels[1:] else (7, 4.5)
+    figure, axes = _panels(pyplot, len(panels), width, height)
     for panel, axis in zip(panels, axes, strict=True):
         for group in scored:
             if setting_name(group) != panel:
@@ -91,13 +92,18 @@ def _curves(
                 )
         if label.startswith("MB"):
             axis.set_xscale("log")
+        elif label == "rounds":
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel=label, title=panel)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy, %")
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(styles), 5))
+    # about 0.06 inches a letter at this size, and 0.6 for the line and the gaps
+    entry = 0.6 + 0.06 * max(map(len, styles))
+    columns = min(len(styles), max(1, int(figure.get_figwidth() / entry)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     title = f"Accuracy against {label.split(',')[0].replace('MB', 'bytes')}"
     return _save(pyplot, figure, Plot(path, title, f"{title}: {', '.join(styles)}"))
 
@@ -132,6 +138,7 @@ def _ranks(pyplot: Any, groups: Sequence[Group], path: Path) -> Plot | None:
         seed = f"seed {group.runs[0].seed}"
         axis.set_title(", ".join(filter(None, [group.label, setting_name(group), seed])))
         axis.set_xlabel("round")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(shown, ax=axes, label="rank", shrink=0.8)
     names = ", ".join(group.label for group, *_ in found)
     return _save(pyplot, figure, Plot(path, "Ranks by module over rounds", f"Ranks: {names}"))
