@@ -68,7 +68,7 @@ class SAFedLoRA(FedAvg):
         reg: the initiating stage's penalty: "prox" (toward w^t), or "none".
         lam: its weight; 0: none.
         schedule: g: "cubic", "linear", "cosine" or "exp".
-        cooling_c: how fast the schedule "exp" falls: g is exp(-c u), shifted and scaled to end at 0.
+        cooling_c: how fast "exp" falls: g is exp(-c u), shifted and scaled to end at 0.
         rank_max: rank of the first annealing rounds.
         rank_min: rank of the last ones.
         heating: share of the annealing rounds at rank_max (T_h).

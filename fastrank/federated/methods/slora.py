@@ -126,18 +126,37 @@ class SLoRA(FedIT):
             if name not in state.head
         }
         masks = self._enter_stage2(model)
+        tensors, energy = self._factors_of(model, delta, masks)
+        server = {}
+        if self.keep_residual:
+            server = {_DELTA + name: value for name, value in delta.items()}
+            server |= {_START + name: value for name, value in tensors.items()}
+        heads = _stages.wrapped_head(model, state.head)
+        tensors |= {heads[name]: state.tensors[name] for name in state.head}
+        switched = ServerState(tensors, tuple(heads.values()), server, {"stage": 2})
+        self._put_residual(model, switched, masks)
+        return switched, {
+            "stage": 2,
+            "switch_matrices": len(energy),
+            "switch_energy": sum(energy.values()) / len(energy),
+            "switch_energy_by_module": energy,
+        }
+
+    def _factors_of(
+        self, model: ResidentModel, delta: Mapping[str, Tensor], masks: Mapping[str, SparseMask]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """A and B of every matrix by parameter name, and the share of delta's energy they keep."""
         modules = _stages.adapters_of(
-            model, [n.removesuffix(".values") for n in delta if "parametrizations." not in n]
+            model, [n.removesuffix(".values") for n in delta if ".parametrizations." not in n]
         )
         names = {plain: _stages.factor_names(wrapped) for plain, wrapped in modules.items()}
-        first = model.read(factor for pair in names.values() for factor in pair)
+        first = model.read(A for A, _ in names.values())
+        updates = {}
+        for plain in modules:
+            values = delta[f"{plain}.values"].to(model.device)
+            updates[plain] = PackedSparse([values], [masks[f"{plain}.values"]])
         found = refactor(
-            {
-                plain: PackedSparse(
-                    [delta[f"{plain}.values"].to(model.device)], [masks[f"{plain}.values"]]
-                )
-                for plain in modules
-            },
+            updates,
             self.r,
             scaling=self.scale,
             split=self.svd_split,
@@ -147,22 +166,7 @@ class SLoRA(FedIT):
         tensors: dict[str, Tensor] = {}
         for plain, (A, B) in names.items():
             tensors[A], tensors[B] = found[plain].A.float().cpu(), found[plain].B.float().cpu()
-        heads = _stages.wrapped_head(model, state.head)
-        tensors |= {heads[name]: state.tensors[name] for name in state.head}
-        server = {}
-        if self.keep_residual:
-            server = {_DELTA + name: value for name, value in delta.items()}
-            server |= {_START + name: value for name, value in tensors.items() if ".lora_" in name}
-        energy = {plain: float(each.energy) for plain, each in found.items()}
-        metrics = {
-            "stage": 2,
-            "switch_matrices": len(found),
-            "switch_energy": sum(energy.values()) / len(energy),
-            "switch_energy_by_module": energy,
-        }
-        switched = ServerState(tensors, tuple(heads.values()), server, {"stage": 2})
-        self._put_residual(model, switched, masks)
-        return switched, metrics
+        return tensors, {plain: float(each.energy) for plain, each in found.items()}
 
     def arrange(self, model: ResidentModel, state: ServerState, round: int) -> None:
         self._shape(model, state)

@@ -310,6 +310,17 @@ def test_resumes_at_any_round(sparse, tmp_path):
     assert (whole.output_dir / "base").exists()
 
 
+@pytest.mark.parametrize("method", ["slora", "sa-fedlora"])
+def test_a_frozen_head_stays_and_is_not_sent(options, method):
+    changed = {"method": method, "head": "freeze", "num_rounds": 2, "local_steps": 1}
+    simulation, _ = prepared(options | changed)
+    first = simulation.model.read(simulation.model.head_names())
+    result = run(options | changed)
+    assert all(row["head_up"] == row["head_down"] == 0 for row in result.rows)
+    names = _stages.wrapped_head(result.model, first)
+    assert_equal(first, {n: values(result)[w] for n, w in names.items()})
+
+
 def test_stage_2_side_by_side(sparse, tmp_path, caplog):
     assert_side_by_side(sparse | {"keep_residual": True, "num_rounds": 3}, tmp_path)
     said = [r.message for r in caplog.records if "one after another" in r.message]
