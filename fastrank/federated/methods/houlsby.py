@@ -42,7 +42,7 @@ class Houlsby(Method):
     train_norms: bool = False
 
     name: ClassVar[str] = "houlsby"
-    default_learning_rate: ClassVar[float] = 2e-3
+    default_learning_rate: ClassVar[float] = 5e-3
     places: ClassVar[tuple[str, ...]] = ("attention", "feed-forward")
 
     def __post_init__(self) -> None:

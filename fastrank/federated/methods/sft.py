@@ -43,7 +43,7 @@ class SFT(Method):
     target_modules: str | tuple[str, ...] = "all-linear"
 
     name: ClassVar[str] = "sft"
-    default_learning_rate: ClassVar[float] = 2e-3
+    default_learning_rate: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
