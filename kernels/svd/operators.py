@@ -149,7 +149,8 @@ def widened(operand: FactoredSum) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
         A, scale_a, finite_a = scaled(A, (1, 2))
         weights, scale_w, finite_w = scaled(weights, (1,))
         return B, A, weights, scale_b * scale_a * scale_w, finite_b & finite_a & finite_w
-    finite = torch.stack([_largest(t).isfinite() for t in (B, A, weights)]).all(0)
+    # sums of entries are NaN or infinite where an entry is; finite ones can't overflow float64
+    finite = torch.stack([t.flatten(1).sum(1).isfinite() for t in (B, A, weights)]).all(0)
     if not finite.all():
         B, A, weights = (
             torch.where(finite.view(-1, *(1,) * (t.ndim - 1)), t, 0.0) for t in (B, A, weights)

@@ -60,9 +60,13 @@ def _triangles(Y: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
     gram = Y.mT @ Y
     length = gram.diagonal(dim1=1, dim2=2).sqrt()
     scale = torch.where(length > 0, length, 1.0)
-    L, info = torch.linalg.cholesky_ex(gram / (scale[:, :, None] * scale[:, None, :]))
+    # in place: fresh memory costs more than the arithmetic of cores of this size
+    gram.div_(scale[:, :, None]).div_(scale[:, None, :])
+    L, info = torch.linalg.cholesky_ex(gram)
     good = (info == 0) & (L.diagonal(dim1=1, dim2=2).square().amin(1) > least)
     eye = torch.eye(Y.shape[2], dtype=Y.dtype, device=Y.device)
-    U = torch.where(good[:, None, None], L.mT, eye)
+    if not good.all():
+        L = torch.where(good[:, None, None], L, eye)
+    U = L.mT
     inverse = torch.linalg.solve_triangular(U, eye.expand_as(U), upper=True)
-    return inverse / scale[:, :, None], U * scale[:, None, :], good
+    return inverse.div_(scale[:, :, None]), U.mul_(scale[:, None, :]), good

@@ -50,12 +50,12 @@ def factored(operand: FactoredSum, rank: int, preset: Preset, seed: int) -> Trun
         B, weights = (nn.functional.pad(t, (0, more)) for t in (B, weights))
         A = nn.functional.pad(A, (0, 0, 0, more))
     left, right = thin(B), thin(A.mT)
-    core = (left.R * weights[:, None, :]) @ right.R.mT
-    size = power_of_two(core.abs().amax((1, 2)))
-    core = core / size[:, None, None]
-    P, S, Wh, failed = svd(core)
+    core = left.R.mul_(weights[:, None, :]) @ right.R.mT
+    length = torch.linalg.vector_norm(core, dim=(1, 2))
+    size = power_of_two(length)
+    P, S, Wh, failed = svd(core.div_(size[:, None, None]))
     U, V = left.times(P[:, :, :rank]), right.times(Wh[:, :rank].mT)
-    norm2 = core.square().sum((1, 2))
+    norm2 = (length / size).square()
     return result(U, S[:, :rank], V.mT, norm2, scale * size, finite, failed)
 
 
@@ -121,8 +121,7 @@ def result(
         scale: what they were divided by.
         failed: where the core or the range finder did not converge, bool `[G]`.
     """
-    at = U.abs().argmax(dim=1, keepdim=True)  # the first, on ties
-    sign = torch.where(U.gather(1, at) < 0, -1.0, 1.0)  # (G, 1, r)
+    sign = _signs(U)
     energy = torch.where(norm2 > 0, S.square().sum(1) / norm2.clamp_min(1e-300), 1.0)
     nan = torch.where(finite, 0.0, torch.nan).double()[:, None]
     status = (~finite).int() * NONFINITE + (failed & finite).int() * NOT_CONVERGED
@@ -133,6 +132,16 @@ def result(
         energy=energy.clamp(max=1.0) + nan[:, 0],
         status=status,
     )
+
+
+def _signs(U: Tensor) -> Tensor:
+    """The sign of each column's largest entry, the first on ties: `[G, 1, r]`, 1 or -1."""
+    low, high = torch.aminmax(U, dim=1, keepdim=True)
+    sign = torch.where(high > -low, 1.0, -1.0).to(U.dtype)
+    if (high == -low).any():
+        first = U.gather(1, U.abs().argmax(dim=1, keepdim=True))
+        sign = torch.where(high == -low, torch.where(first < 0, -1.0, 1.0).to(U.dtype), sign)
+    return sign
 
 
 def joined(parts: list[TruncatedSVD]) -> TruncatedSVD:
