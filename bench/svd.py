@@ -4,7 +4,8 @@ Operands are what a server has: values at seeded positions (1 %), sums of client
 dense matrices. The peers get them in their own form, dense or SciPy's sparse, made before the clock
 starts. `error` is 1 minus the energy ratio: how much less of the matrices a result holds than the
 best approximation of that rank. Times without it mean nothing here: `svd_lowrank`'s default leaves
-a tenth to a fifth of the energy of such matrices behind.
+a tenth to a fifth of the energy of such matrices behind. Freed memory is kept, for all of them: the
+larger peers' releases would be everybody's page faults.
 
 The merge (svd_merge.py) is `fastrank.merge_adapters` against PEFT's `add_weighted_adapter`.
 """
@@ -25,6 +26,7 @@ from fastrank.bench.environment import environment, pick_device
 from fastrank.bench.progress import Report, milliseconds
 from fastrank.bench.results_file import Results, Row, failures
 from fastrank.errors import UsageError
+from fastrank.memory import keep_freed_memory
 
 DEFAULTS: dict[str, Any] = {
     "device": "cpu",
@@ -78,6 +80,8 @@ def run(
     if seconds is not None and not seconds > 0:
         raise UsageError(f"--seconds is {seconds}; give a positive number")
     before = torch.get_num_threads()
+    if where.type == "cpu":
+        keep_freed_memory()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
