@@ -1,13 +1,15 @@
 """Interleaved timing: every variant is sampled in turn, so that drift hits all of them alike.
 
-A sample is one or more calls, enough to be far above the clock's resolution. Rounds start with
-another variant each time: none always runs in the caches that the same one left behind.
+A sample is one or more calls, enough to be far above the clock's resolution. Every round has an
+order of its own: none always runs in the caches, or beside the spinning threads, that the same one
+left behind.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,15 +124,15 @@ def interleave(
         estimate[name] = max(clock.seconds(step, 1), 1e-7)
     calls = {name: max(1, math.ceil(_SAMPLE_SECONDS / estimate[name])) for name in steps}
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
+    order, shuffled = list(steps), random.Random(0)
     with _no_collection():
         for done in range(max_rounds):
             spent = time.perf_counter() - begin
             if done >= min_rounds and spent + _per_round(estimate, calls) > seconds:
                 break
+            shuffled.shuffle(order)
             for name in order:
                 samples[name].append(clock.seconds(steps[name], calls[name]))
-            order.append(order.pop(0))
     return {name: Timing.of(taken) for name, taken in samples.items()}
 
 

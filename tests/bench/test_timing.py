@@ -1,6 +1,7 @@
 """Interleaving and quantiles, with a clock whose time is known."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -28,14 +29,21 @@ class FakeStep:
         raise AssertionError("the clock calls it")
 
 
-def test_variants_take_turns_and_the_first_one_changes():
+def test_variants_take_turns_and_follow_different_ones():
     clock = FakeClock()
     steps = {name: FakeStep(name, 1.0) for name in "abc"}
-    found = interleave(steps, clock, seconds=0.0, min_rounds=4)
-    assert [timing.samples for timing in found.values()] == [4, 4, 4]
-    rounds = [name for name, _ in clock.sampled[6:]]  # two warm-up samples each come first
-    assert rounds == list("abc") + list("bca") + list("cab") + list("abc")
-    assert [name for name, _ in clock.sampled[:6]] == list("aabbcc")
+    found = interleave(steps, clock, seconds=0.0, min_rounds=20)
+    assert [timing.samples for timing in found.values()] == [20, 20, 20]
+    order = [name for name, _ in clock.sampled[6:]]  # two warm-up samples each come first
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert all(sorted(one) == list("abc") for one in rounds)
+    before = {name: set() for name in "abc"}
+    for earlier, later in itertools.pairwise(order):
+        before[later].add(earlier)
+    assert all(found >= set("abc") - {name} for name, found in before.items())
+    again = FakeClock()
+    interleave({name: FakeStep(name, 1.0) for name in "abc"}, again, seconds=0.0, min_rounds=20)
+    assert [name for name, _ in again.sampled[6:]] == order
 
 
 def test_short_steps_are_called_often_enough_for_the_clock():
