@@ -197,6 +197,13 @@ def plain_torch(given: SvdOperands) -> Callable[[], Triple]:
             Y = torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False)
         return Y
 
+    def refuse_deficient() -> None:
+        first = dense @ torch.randn(case.K, width, device=dense.device)
+        if not orthonormal(orthonormal(first)).isfinite().all():
+            raise Unavailable("its Cholesky steps break down on blocks of deficient rank")
+
+    refuse_deficient()
+
     def run() -> Triple:
         g = torch.Generator(dense.device).manual_seed(0)
         omega = torch.randn(case.G, case.K, width, generator=g, device=dense.device)

@@ -84,6 +84,18 @@ def test_every_method_has_an_equal_tuning_budget():
 
 
 @pytest.mark.parametrize("method", sorted(EVERYWHERE | AT_TENTH))
+def test_rates_are_a_third_of_the_default_the_default_and_three_times_it(method):
+    name = "head_learning_rate" if method == "head-only" else "learning_rate"
+    tried = [
+        p.options[name]
+        for p in RUNS
+        if p.source.name == "rates.toml" and p.options["method"] == method
+    ]
+    default = getattr(METHODS[method], f"default_{name}")
+    assert tried == pytest.approx([default / 3, default, 3 * default], rel=0.12)
+
+
+@pytest.mark.parametrize("method", sorted(EVERYWHERE | AT_TENTH))
 def test_tuned_methods_have_the_common_presets_options(method):
     """But for the rates, and for stages that ten rounds round otherwise."""
     found = {}
