@@ -21,7 +21,13 @@ def start(*arguments: str, hashseed: str = "0") -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # tests that run in the background inherit a SIGINT that nothing hears
+        preexec_fn=hear_interrupts,
     )
+
+
+def hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*arguments: str, hashseed: str = "0") -> subprocess.CompletedProcess:
