@@ -21,7 +21,7 @@ from torch import Tensor
 from fastrank.kernels.common import choose_backend
 from fastrank.kernels.packing import formats
 from fastrank.kernels.packing.mask import SparseMask
-from fastrank.kernels.packing.packed import Packed, scatter_add_, single, unpack, written
+from fastrank.kernels.packing.packed import Packed, scatter_add_, unpack, written
 
 # elements added at a time on a CPU: the sum and a client's values stay in a core's cache.
 # A multiple of every block of scales
@@ -198,7 +198,7 @@ def _checked(
         if total == 0:
             raise ValueError("the weights sum to 0 and can't be normalised; pass normalize=False")
         numbers = [number / total for number in numbers]
-    rounded = [single(number) for number in numbers]
+    rounded = torch.tensor(numbers, dtype=torch.float64).float().tolist()
     for index, number in enumerate(rounded):
         if not math.isfinite(number):
             raise ValueError(f"weight {index} is {numbers[index]}, too large for float32")
