@@ -17,21 +17,12 @@ from typing import Any
 
 import torch
 
-from fastrank.bench import harness, plan, timing
-from fastrank.bench.environment import environment, pick_device
+from fastrank.bench import harness, options, plan, timing
 from fastrank.bench.grouped_cases import BUILDERS, GroupedCase, GroupedCell, cases
 from fastrank.bench.progress import Report, milliseconds
 from fastrank.bench.results_file import Results, Row, failures
-from fastrank.errors import UsageError
 
-DEFAULTS: dict[str, Any] = {
-    "device": "cpu",
-    "quick": False,
-    "threads": None,
-    "seconds": None,
-    "out": None,
-    "resume": False,
-}
+DEFAULTS = options.DEFAULTS
 # of a case: its most time over the frozen layer's
 GOALS = {"M8192-d4096-G64-R4to64-bf16": 0.15}
 PAIRS = [("grouped", "frozen"), ("grouped", "loop"), ("loop", "frozen")]
@@ -42,13 +33,7 @@ _SECONDS = {"cpu": 60.0, "cuda": 60.0}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line's options; their defaults are DEFAULTS."""
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), help="default cpu")
-    add("--quick", action="store_true", help="two small cases, seconds")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    add("--seconds", type=float, metavar="S", help="time to spend, about (default 60)")
-    add("--out", metavar="FILE.json", help="where the rows go")
-    add("--resume", action="store_true", help="go on with the cases FILE lacks")
+    options.add_options(parser, quick="two small cases, seconds", seconds="default 60")
 
 
 def run(
@@ -61,22 +46,10 @@ def run(
     resume: bool,
 ) -> dict[str, Any]:
     """Measure the cases of a device; see `fastrank.bench.run`."""
-    where = pick_device(device)
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads is {threads}; give at least 1")
-    if seconds is not None and not seconds > 0:
-        raise UsageError(f"--seconds is {seconds}; give a positive number")
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        results = Results(None if out is None else Path(out), environment(where), resume=resume)
-        results.check_writable()
+    with options.session(device, threads, seconds, out, resume) as (where, results):
         seconds = seconds or (2.0 if quick else _SECONDS[where.type])
         measure_cases(cases(where, quick), where, results, seconds)
         return results.content()
-    finally:
-        torch.set_num_threads(before)
 
 
 def measure_cases(

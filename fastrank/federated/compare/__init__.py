@@ -126,7 +126,10 @@ def _inputs(
         elif path.is_file():
             raise UsageError(f"{str(path)!r} is neither a run's folder nor a .toml file")
         elif not path.is_dir():
-            raise UsageError(f"there is no folder or file {str(path)!r}")
+            raise UsageError(
+                f"there is no folder or file {str(path)!r}; give run folders, .toml files or "
+                "folders of them"
+            )
         elif (path / "config.json").exists():
             runs.append(load_run(path))
         elif files := toml_files_in(path):
