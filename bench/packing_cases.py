@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import tracemalloc
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ def cases(device: torch.device, quick: bool) -> list[PackingCase]:
     return found
 
 
-class Work:
+class Work(ABC):
     """Operands of a case and the variants that work on them. Subclasses make both.
 
     Args:
@@ -123,17 +124,17 @@ class Work:
         self.case, self.device = case, device
         self.generator = torch.Generator().manual_seed(0)
 
+    @abstractmethod
     def variants(self) -> Mapping[str, Callable[[], Step]]:
         """Name -> what makes a step; "fastrank" first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def error(self, name: str, result: Any) -> float | None:
         """How far a variant's result is from the exact one; None where there is nothing to judge.
 
         Raises:
             WrongResult: it is another thing.
         """
-        raise NotImplementedError
 
     def reset(self) -> None:
         """Make what steps write to as it was."""

@@ -8,6 +8,7 @@ layers answer in place of the modules' own ``forward`` while a ``Stack`` is ente
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -108,19 +109,20 @@ class StackedTensor:
         return self.values[start : start + self.parts[client]]
 
 
-class _Stacked:
+class _Stacked(ABC):
     """One module with every client's parameters."""
 
     def __init__(self, module: nn.Module, running: Pass) -> None:
         self.module, self.running = module, running
         self.tensors: dict[str, StackedTensor] = {}
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the module gives for rows sorted by client."""
 
+    @abstractmethod
     def read(self, name: str, client: int) -> Tensor:
         """A client's value in the parameter's own shape."""
-        raise NotImplementedError
 
 
 class StackedLora(_Stacked):

@@ -178,7 +178,7 @@ class Method(ABC):
 
         Called once, in the rounds that ``switches`` names; the model is judged on both sides of it.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} names rounds in switches() but has no switch()")
 
     def show(self, model: ResidentModel, state: ServerState) -> None:
         """Bring the global model into the resident one, to be evaluated or exported."""
