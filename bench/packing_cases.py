@@ -136,7 +136,7 @@ class Work(ABC):
             WrongResult: it is another thing.
         """
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027  a hook, empty where steps write to nothing of the case
         """Make what steps write to as it was."""
 
     def measured(self, name: str, step: Step) -> tuple[Any, Memory]:
