@@ -27,7 +27,7 @@ class StopAfter(Callback):
 
     def on_round_end(self, row):
         if row["round"] == self.round:
-            raise Stop
+            raise Stop("enough")
 
 
 def run(options, folder=None, method=None, **changed):

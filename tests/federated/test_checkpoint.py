@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from staged_runs import Stop, StopAfter
 
 from fastrank.errors import UsageError
-from fastrank.federated import Callback, Simulation, journal, rundir, storage
+from fastrank.federated import Simulation, journal, rundir, storage
 from fastrank.federated import checkpoint as checkpoints
 from fastrank.federated.checkpoint import (
     Checkpoint,
@@ -335,21 +336,6 @@ def test_ledger_appends_and_survives_others(tmp_path):
 
 
 # -- whole runs -----------------------------------------------------------------------------------
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    """Ends the process's work after a round, as a kill would."""
-
-    def __init__(self, round):
-        self.round = round
-
-    def on_round_end(self, row):
-        if row["round"] == self.round:
-            raise Stop
 
 
 def stopped(options, after=1):

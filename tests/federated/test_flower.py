@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 from loopback import Loopback, connected, federated, plain
+from staged_runs import Stop, StopAfter
 
 from fastrank.errors import UsageError
-from fastrank.federated import Callback
 from fastrank.federated.exchange import Exchange
 from fastrank.federated.executors import Sequential
 from fastrank.federated.flower import agreement
@@ -202,19 +202,6 @@ def test_a_base_that_changes_is_followed_and_asked_for_only_after_a_loss(small, 
 
 
 # -- accidents ------------------------------------------------------------------------------------
-
-
-class Stop(Exception):
-    pass
-
-
-@dataclass
-class StopAfter(Callback):
-    round: int
-
-    def on_round_end(self, row):
-        if row["round"] == self.round:
-            raise Stop
 
 
 def test_a_run_cut_short_goes_on_to_the_same_bits(small, tmp_path):

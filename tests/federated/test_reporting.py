@@ -8,24 +8,12 @@ import types
 from pathlib import Path
 
 import pytest
+from staged_runs import Stop, StopAfter
 
 from fastrank.errors import UsageError
-from fastrank.federated import Callback, Simulation, rundir
+from fastrank.federated import Simulation, rundir
 from fastrank.federated.config import resolve
 from fastrank.federated.reporting import make_reporters, scalars
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    def __init__(self, round):
-        self.round = round
-
-    def on_round_end(self, row):
-        if row["round"] == self.round:
-            raise Stop
 
 
 class FakeRun:

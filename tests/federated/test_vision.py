@@ -11,10 +11,11 @@ import pytest
 import torch
 from picture_cases import draw, picture_folder, processor, save_model
 from side_by_side import F64, SIZES, TOTAL, compare, lora_exchange
+from staged_runs import Stop, StopAfter
 
 from fastrank.data import EncodedImages
 from fastrank.errors import UsageError
-from fastrank.federated import Callback, Simulation
+from fastrank.federated import Simulation
 from fastrank.federated.callbacks import ConsoleReport
 from fastrank.federated.export import digest
 from fastrank.federated.local import LocalOptions
@@ -112,12 +113,6 @@ def test_methods_run_on_images(options, method, least):
         assert AutoImageProcessor.from_pretrained(folder).size["height"] == 16
 
 
-class StopAfterTwo(Callback):
-    def on_round_end(self, row):
-        if row["round"] == 2:
-            raise KeyboardInterrupt
-
-
 def test_a_resumed_run_ends_with_the_same_bits(options, tmp_path):
     options |= {"partition": None, "alpha": 0.5, "lora_dropout": 0.1}
     whole = Simulation(method="fedit", **options).run()
@@ -125,9 +120,9 @@ def test_a_resumed_run_ends_with_the_same_bits(options, tmp_path):
         "dirichlet"
     )
     other = str(tmp_path / "other")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stop):
         Simulation(
-            method="fedit", **options | {"output_dir": other}, callbacks=[StopAfterTwo()]
+            method="fedit", **options | {"output_dir": other}, callbacks=[StopAfter(2)]
         ).run()
     resumed = Simulation.resume(other)
     assert (

@@ -15,25 +15,9 @@ import traceback
 from pathlib import Path
 
 import torch
-
-from fastrank.federated.callbacks import Callback
+from staged_runs import StopAfter
 
 MEASURED = ("seconds", "peak_memory", "energy_j")
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    """Ends the first rank's work after a round."""
-
-    def __init__(self, round):
-        self.round = round
-
-    def on_round_end(self, row):
-        if row["round"] == self.round:
-            raise Stop("enough")
 
 
 def hurt(name, nan=(), raises=(), kill=(), stall=()):

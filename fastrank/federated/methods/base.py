@@ -209,11 +209,12 @@ class Method(ABC):
     def switch(
         self, model: ResidentModel, state: ServerState, round: int
     ) -> tuple[ServerState, dict[str, Any]]:
-        """The state in its new form and what is recorded of the change, before ``arrange``.
+        """The state in its new form and what is recorded of the change (most have one form).
 
-        Called once, in the rounds that ``switches`` names; the model is judged on both sides of it.
+        Called once, before ``arrange``, in the rounds that ``switches`` names; the model is judged
+        on both sides of it.
         """
-        raise NotImplementedError(f"{self.name} names rounds in switches() but has no switch()")
+        return state, {}
 
     def show(self, model: ResidentModel, state: ServerState) -> None:
         """Bring the global model into the resident one, to be evaluated or exported."""

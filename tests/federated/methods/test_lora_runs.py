@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
+from staged_runs import Stop, StopAfter
 from transformers import AutoModelForSequenceClassification
 
 from fastrank.errors import UsageError
-from fastrank.federated import Callback, Simulation
+from fastrank.federated import Simulation
 from fastrank.federated.exchange import Exchange
 from fastrank.federated.executors import Sequential
 from fastrank.federated.export import digest
@@ -33,19 +34,6 @@ RUNS = {
 }
 N, K = 2 * (4 * 32 + 48 + 32), 2 * (4 * 32 + 32 + 48)  # sums over the adapted matrices
 P, D, H = N + K, 2 * (4 * 32 * 32 + 2 * 32 * 48), 32 * 3 + 3
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    def __init__(self, round):
-        self.round = round
-
-    def on_round_end(self, row):
-        if row["round"] == self.round:
-            raise Stop
 
 
 @pytest.fixture
