@@ -20,13 +20,15 @@ from torch import Tensor
 
 from fastrank.kernels.common.scratch import scratch
 
-# rows and multiply-adds of a chunk from which a product is worth the dearer calls, those from which
-# it is also worth copying the chunks of a weight [N, K], and the N from which it is worth copying
-# those of x (measured, AMD Zen 5)
-_LEAST_ROWS, _LEAST, _LEAST_COPIED, _LEAST_WIDTH = 96, 1 << 23, 1 << 24, 96
-# longest chain of additions; rows of a block, whose partial sums stay in the cache; elements of
-# weight that are copied at a time
-_CHAIN, _ROWS, _COPIED = 256, 512, 1 << 22
+# Multiply-adds of a chunk from which a product is worth the dearer calls (measured, AMD Zen 5, two
+# cores), and from which it is worth copies of the chunks of a weight [N, K], or pays where MKL is
+# nearly as fast: chains of up to _SHORT, and few columns N.
+_LEAST, _LEAST_COPIED, _SHORT = 1 << 23, 1 << 24, 128
+# fewest rows where x isn't itself a transpose; fewest rows and columns where columns are few
+_LEAST_ROWS, _MANY_ROWS, _LEAST_COLUMNS, _FEW_COLUMNS = 96, 1024, 64, 96
+# longest chain of additions; rows of a block, or elements of it, whose partial sums stay in the
+# cache; elements of weight that are copied at a time
+_CHAIN, _ROWS, _PARTIAL, _COPIED = 256, 512, 1 << 18, 1 << 22
 
 
 @functools.cache
@@ -92,17 +94,24 @@ def mm(P: Tensor, Q: Tensor) -> Tensor:
     return _onednn(P, turned, None) if _suits(P, turned) else torch.mm(P, Q)
 
 
-def add_mm_(out: Tensor | None, P: Tensor, Q: Tensor) -> Tensor:
-    """out + P Q in place, or P Q where there is no out yet; not differentiable."""
+def add_mm_(out: Tensor | None, P: Tensor, Q: Tensor, alpha: float = 1.0) -> Tensor:
+    """out + alpha P Q in place, or alpha P Q where there is no out yet; not differentiable."""
     if out is None:
-        return mm(P, Q)
-    return out.add_(mm(P, Q)) if _suits(P, Q.t()) else out.addmm_(P, Q)
+        product = mm(P, Q)
+        return product if alpha == 1.0 else product.mul_(alpha)
+    if suits(P, Q):
+        return out.add_(mm(P, Q), alpha=alpha)
+    return out.addmm_(P, Q, alpha=alpha)
+
+
+def suits(P: Tensor, Q: Tensor) -> bool:
+    """Whether `mm` of these takes oneDNN, which has no product that adds in place."""
+    return _suits(P, Q.t())
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype is torch.float32
-        and x.shape[0] >= _LEAST_ROWS
         and prefers_onednn()
         and x.is_cpu
         and weight.dtype is torch.float32
@@ -113,14 +122,17 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
     (M, K), N = x.shape, weight.shape[0]
-    whole = len(_chunks(K)) == 1
     work = M * N * min(K, _CHAIN)
-    if work < _LEAST or not (whole or N >= _LEAST_WIDTH):
+    if work < _LEAST or (M < _LEAST_ROWS and x.stride(1) == 1):
         return False
-    # any other layout takes oneDNN a thousand times as long
-    if weight.t().is_contiguous():
-        return True
-    return weight.is_contiguous() and (whole or work >= _LEAST_COPIED)
+    turned = weight.t().is_contiguous()
+    if not (turned or weight.is_contiguous()):  # takes oneDNN a thousand times as long
+        return False
+    if len(_chunks(K)) == 1:
+        return K > _SHORT or work >= _LEAST_COPIED
+    if N < _FEW_COLUMNS:
+        return N >= _LEAST_COLUMNS and M >= _MANY_ROWS and work >= _LEAST_COPIED
+    return turned or work >= _LEAST_COPIED
 
 
 @functools.cache
@@ -141,15 +153,16 @@ def _onednn(
         return product(x, weight, bias, "none", [], "")
     copies = packed is None and weight.is_contiguous()
     step = max(1, _COPIED // K) if copies else N
-    if M <= _ROWS and step >= N:
+    rows_each = max(_ROWS, _PARTIAL // N)
+    if rows_each >= M and step >= N:
         return _summed(x, chunks, packed or _parts(weight, chunks), bias)
     y = torch.empty(M, N)
     for n in range(0, N, step):
         columns = slice(n, n + step)
         parts = packed or _parts(weight[columns], chunks)
         bias_part = None if bias is None else bias[columns]
-        for m in range(0, M, _ROWS):
-            rows = slice(m, m + _ROWS)
+        for m in range(0, M, rows_each):
+            rows = slice(m, m + rows_each)
             y[rows, columns] = _summed(x[rows], chunks, parts, bias_part)
     return y
 

@@ -108,8 +108,15 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
         return _cast(products.mm(x, A.t()), _wide(A.dtype))
     S = torch.empty(x.shape[0], A.shape[0], dtype=A.dtype)
     for block in row_blocks(*x.shape):
-        torch.mm(widened(x[block], A.dtype), A.t(), out=S[block])
+        _mm_to(S[block], widened(x[block], A.dtype), A.t())
     return S
+
+
+def _mm_to(out: Tensor, P: Tensor, Q: Tensor) -> None:
+    if products.suits(P, Q):
+        out.copy_(products.mm(P, Q))
+    else:
+        torch.mm(P, Q, out=out)
 
 
 def _shrink_dropped(x: Tensor, A: Tensor, branch: Branch, aux: Aux) -> tuple[Tensor, Tensor]:
@@ -120,7 +127,7 @@ def _shrink_dropped(x: Tensor, A: Tensor, branch: Branch, aux: Aux) -> tuple[Ten
     for block in row_blocks(rows, columns):
         kept = widened(dropout.draw(block).of(x[block]), A.dtype)
         if t == A.shape[0] and S.dtype == A.dtype:
-            torch.mm(kept, A.t(), out=S[block])
+            _mm_to(S[block], kept, A.t())
             continue
         S[block, :t] = kept @ A[:t].t()
         if t < A.shape[0]:
@@ -136,7 +143,7 @@ def add_product(out: Tensor, P: Tensor, Q: Tensor, alpha: float) -> None:
     a low half, P Q = Ph Qh + Pl Qh + Ph Ql + O(2**-16), and the sum is rounded once.
     """
     if out.dtype == P.dtype:
-        out.addmm_(P, Q, alpha=alpha)
+        products.add_mm_(out, P, Q, alpha)
     elif out.dtype.itemsize > P.dtype.itemsize:
         # a wider base keeps its digits: the product is rounded, not the sum
         for block in row_blocks(*out.shape):
@@ -144,11 +151,11 @@ def add_product(out: Tensor, P: Tensor, Q: Tensor, alpha: float) -> None:
     elif _pays_to_split(out, P, Q):
         out.addmm_(*_split(P, Q), alpha=alpha)
     elif out.numel() <= BLOCK:
-        out.copy_(torch.addmm(out.to(P.dtype), P, Q, alpha=alpha))
+        out.copy_(products.add_mm_(out.to(P.dtype), P, Q, alpha))
     else:
         for block in row_blocks(*out.shape):
             rows = out[block]
-            rows.copy_(widened(rows, P.dtype).addmm_(P[block], Q, alpha=alpha))
+            rows.copy_(products.add_mm_(widened(rows, P.dtype), P[block], Q, alpha))
 
 
 def _pays_to_split(out: Tensor, P: Tensor, Q: Tensor) -> bool:
@@ -252,7 +259,9 @@ def backward(
 
 
 def scaled_product(P: Tensor, Q: Tensor, alpha: float) -> Tensor:
-    """alpha P Q in one step, fp32 or fp64."""
+    """alpha P Q, fp32 or fp64."""
+    if products.suits(P, Q):
+        return products.mm(P, Q).mul_(alpha)
     return torch.addmm(_NOTHING[P.dtype], P, Q, beta=0, alpha=alpha)
 
 
@@ -262,10 +271,11 @@ def gram_dy(dy: Tensor, S: Tensor, scale: float) -> Tensor:
     From a vendor product with a wide result where that pays for the transposed copy: it runs up to
     three times faster than the tall one.
     """
-    if dy.numel() <= _TALL_ELEMENTS:
+    St = S.t()
+    if dy.numel() <= _TALL_ELEMENTS and not products.suits(St, dy):
         return scaled_product(dy.t(), S, scale)
     G = torch.empty(dy.shape[1], S.shape[1], dtype=S.dtype)
-    return torch.mul(products.mm(S.t(), dy).t(), scale, out=G)
+    return torch.mul(products.mm(St, dy).t(), scale, out=G)
 
 
 def read_dy(
@@ -288,9 +298,9 @@ def read_dy(
     for block in row_blocks(rows, columns):
         dy_block = widened(dy[block], dtype)
         if U is not None:
-            torch.mm(dy_block, B, out=U[block])
+            _mm_to(U[block], dy_block, B)
         if G is not None:
-            G.addmm_(S[block].t(), dy_block)
+            products.add_mm_(G, S[block].t(), dy_block)
     return U, G
 
 
@@ -300,7 +310,7 @@ def gram_x(U: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         return _cast(products.mm(U.t(), x), _wide(dtype))
     H = torch.zeros(U.shape[1], x.shape[1], dtype=dtype)
     for block in row_blocks(*x.shape):
-        H.addmm_(U[block].t(), widened(x[block], dtype))
+        products.add_mm_(H, U[block].t(), widened(x[block], dtype))
     return H
 
 
@@ -321,7 +331,7 @@ def _backward_dropped(
         if H is not None:
             kept = mask.of(x[block])
             if U.dtype == H.dtype:
-                H.addmm_(U[block].t(), widened(kept, U.dtype))
+                products.add_mm_(H, U[block].t(), widened(kept, U.dtype))
             else:
                 H.add_(torch.mm(U[block].t(), kept))
         if dx is not None:

@@ -132,7 +132,7 @@ def _forward(
     S = products.mm(xh, A.t())
     T = S if e is None else S * e
     if y.dtype is A.dtype:
-        y.addmm_(T, B.t(), alpha=scale)
+        products.add_mm_(y, T, B.t(), scale)
     else:
         add_product(y, T, B.t(), scale)
     if x.dim() != 2:
@@ -215,7 +215,7 @@ def _add_branch(dx: Tensor, U: Tensor, A: Tensor, keep: Tensor | None, scale: fl
         share.view(keep.dtype).bitwise_and_(keep)
         dx.add_(share, alpha=scale)
     elif dx.dtype is A.dtype:
-        dx.addmm_(U, A, alpha=scale)
+        products.add_mm_(dx, U, A, scale)
     else:
         add_product(dx, U, A, scale)
 
