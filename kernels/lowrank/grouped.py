@@ -53,7 +53,13 @@ def grouped_lowrank_linear(
 ) -> Tensor:
     """A loop over groups of lowrank_linear in one pass, differentiable once.
 
-        y = grouped_lowrank_linear(x, W, b, A, B, rows=[96, 128], ranks=[8, 4], scale=[2.0, 4.0])
+        >>> from fastrank.kernels.lowrank import grouped_lowrank_linear
+        >>> x, weight = torch.randn(10, 32), torch.randn(16, 32)
+        >>> A, B = torch.randn(8 + 4, 32), torch.randn(8 + 4, 16)  # of ranks 8 and 4, B rank-major
+        >>> adapters = {"rows": [6, 4], "ranks": [8, 4], "scale": [2.0, 4.0]}
+        >>> y = grouped_lowrank_linear(x, weight, None, A, B, **adapters)
+        >>> torch.allclose(y[6:], x[6:] @ weight.T + 4.0 * (x[6:] @ A[8:].T @ B[8:]), atol=1e-2)
+        True
 
     Args:
         x: `[..., K]`, rows sorted by group.

@@ -43,7 +43,13 @@ def lowrank_linear(
 ) -> Tensor:
     """x Wᵀ + bias + scale * ((drop(x) Aᵀ) ⊙ e ⊙ active) Bᵀ, differentiable once.
 
-        y = lowrank_linear(x, linear.weight, linear.bias, A, B, scale=2.0, active=mask)
+        >>> from fastrank.kernels.lowrank import lowrank_linear
+        >>> x, weight, bias = torch.randn(64, 256), torch.randn(128, 256), torch.randn(128)
+        >>> A, B = torch.randn(16, 256), torch.randn(128, 16, requires_grad=True)
+        >>> y = lowrank_linear(x, weight, bias, A, B, scale=2.0, active=8)  # the first 8 ranks
+        >>> y.sum().backward()
+        >>> B.grad.abs().amax(0).nonzero().flatten().tolist()  # only they get a gradient
+        [0, 1, 2, 3, 4, 5, 6, 7]
 
     Args:
         x: of shape `[..., K]`, any strides.
@@ -119,7 +125,12 @@ def lowrank_add(
 ) -> Tensor:
     """y + scale * ((drop(x) Aᵀ) ⊙ e ⊙ active) Bᵀ, for a base that brings its own forward.
 
-        y = lowrank_add(quantised_linear(x), x, A, B, scale=2.0)
+        >>> from fastrank.kernels.lowrank import lowrank_add
+        >>> base = torch.nn.Linear(32, 16)  # or anything callable, a quantised layer for one
+        >>> x, A, B = torch.randn(5, 32), torch.randn(4, 32), torch.randn(16, 4)
+        >>> y = lowrank_add(base(x), x, A, B, scale=2.0)
+        >>> torch.allclose(y, base(x) + 2.0 * (x @ A.T @ B.T), atol=1e-3)
+        True
 
     Args:
         y: of shape `[..., N]`; the result has its dtype.

@@ -39,7 +39,12 @@ def aggregate(
 ) -> Packed | Tensor:
     """Σ_c w_c v_c, packed where all masks are the same.
 
-        total = aggregate(updates, [client.samples for client in clients], normalize=True)
+        >>> from fastrank.kernels.packing import SparseMask, aggregate, pack, unpack
+        >>> mask = SparseMask((64, 128), density=0.1)
+        >>> updates = [pack(torch.full((64, 128), value), mask) for value in (1.0, 4.0)]
+        >>> total = aggregate(updates, [200, 100], normalize=True)  # weighted by examples, say
+        >>> round(float(unpack(total).mean()), 4)
+        2.0
 
     Args:
         packed: the clients' updates, in a fixed order; of one tensor, on one device. Formats may

@@ -49,9 +49,13 @@ def sparse_linear(
 ) -> Tensor:
     """x (W + S)ᵀ + bias with S zero outside the mask, differentiable once.
 
-        mask = SparseMask((N, K), density=0.01, seed=7, tensor_id="fc.weight")
-        values = torch.zeros(mask.nnz, requires_grad=True)
-        y = sparse_linear(x, linear.weight, linear.bias, values, mask)
+        >>> from fastrank.kernels.packing import SparseMask, sparse_linear
+        >>> x, weight = torch.randn(8, 128), torch.randn(64, 128)
+        >>> mask = SparseMask((64, 128), density=0.01, seed=7, tensor_id="fc.weight")
+        >>> values = torch.zeros(mask.nnz, requires_grad=True)
+        >>> sparse_linear(x, weight, None, values, mask).sum().backward()
+        >>> values.grad.shape  # one number for each kept entry, and no [64, 128] gradient
+        torch.Size([82])
 
     Gradients flow to values, x and bias. The weight is frozen, and is written to for as long as a
     product takes: it comes out bit for bit as it was, also where the call raises. Threads that call

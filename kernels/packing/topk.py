@@ -83,7 +83,13 @@ def topk_pack(
 ) -> TopK:
     """The k entries of largest magnitude of dense, or of residual + dense.
 
-        sent = topk_pack(gradient, k=gradient.numel() // 100, residual=memory)
+        >>> from fastrank.kernels.packing import topk_pack, topk_unpack
+        >>> memory = torch.zeros(4)  # what was not sent yet
+        >>> sent = topk_pack(torch.tensor([0.1, -3.0, 0.2, 2.0]), k=2, residual=memory)
+        >>> topk_unpack(sent).tolist()
+        [0.0, -3.0, 0.0, 2.0]
+        >>> memory.count_nonzero().item()
+        2
 
     Args:
         dense: float tensor, any shape and strides.

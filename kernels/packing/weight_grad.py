@@ -56,7 +56,11 @@ _CHUNK, _COPIED, _LEAST_WORK = 192, 96, 1 << 23
 def masked_weight_grad(dy: Tensor, x: Tensor, mask: SparseMask, *, backend: str = "auto") -> Tensor:
     """(dyᵀ x) at the mask's positions, without an N×K buffer.
 
-        values.grad = masked_weight_grad(dy, x, SparseMask((N, K), density=0.01, seed=7))
+        >>> from fastrank.kernels.packing import SparseMask, masked_weight_grad
+        >>> dy, x, mask = torch.randn(50, 64), torch.randn(50, 128), SparseMask((64, 128), 0.01)
+        >>> values_grad = masked_weight_grad(dy, x, mask)
+        >>> torch.allclose(values_grad, (dy.T @ x).flatten()[mask.positions()], atol=1e-3)
+        True
 
     Args:
         dy: gradient of the layer's output, of shape `[..., N]`, any strides.

@@ -31,7 +31,13 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """The best rank-`rank` approximations U diag(S) Vh of G matrices (N, K), without gradients.
 
-        U, S, Vh, energy, status = truncated_svd(FactoredSum(B, A, weights), rank=16)
+        >>> from fastrank.kernels.svd import FactoredSum, truncated_svd
+        >>> B, A = torch.randn(3, 96, 20), torch.randn(3, 20, 64)  # three sums of 20 products b aᵀ
+        >>> U, S, Vh, energy, status = truncated_svd(FactoredSum(B, A), rank=20)
+        >>> torch.allclose(U * S[:, None] @ Vh, B @ A, atol=1e-2)
+        True
+        >>> status.tolist()
+        [0, 0, 0]
 
     Dense matrices of any spectrum, sums of thin products and packed sparse matrices; of the latter
     two no matrix is ever formed. Halko, Martinsson, Tropp (SIAM Rev. 53, 2011) for the scheme; the
@@ -85,7 +91,10 @@ def truncated_svd_many(
 ) -> list[TruncatedSVD]:
     """truncated_svd of matrices of many shapes, those alike in one batch: a whole model at once.
 
-        for found in truncated_svd_many([FactoredSum.of(pairs) for pairs in modules], rank=8): ...
+        >>> from fastrank.kernels.svd import truncated_svd_many
+        >>> found = truncated_svd_many([torch.randn(96, 64), torch.randn(2, 40, 80)], rank=8)
+        >>> [list(each.U.shape) for each in found]
+        [[1, 96, 8], [2, 40, 8]]
 
     Args:
         operands: tensors `[N, K]` or `[G, N, K]`, FactoredSums, PackedSparses, of any shapes.

@@ -17,6 +17,21 @@ F64, F32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float
 RATIO = 1.2
 FLOOR = {F64: 2e-15, F32: 3e-7, BF16: 3e-7, FP16: 3e-7}
 
+# (x and weight, adapters, autocast): PEFT's precision modes
+MODES = {
+    "fp32": (F32, F32, None),
+    "bf16": (BF16, BF16, None),
+    "fp16": (FP16, FP16, None),
+    "bf16-fp32-adapters": (BF16, F32, None),
+    "fp16-fp32-adapters": (FP16, F32, None),
+    "autocast-bf16": (F32, F32, BF16),
+    "autocast-bf16-model": (BF16, F32, BF16),
+    "fp64": (F64, F64, None),
+}
+# ranks that are on, and ranks that learn
+ON = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
+TRAINED = torch.tensor([0, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+
 
 @dataclass
 class Case:
@@ -66,6 +81,12 @@ class Case:
         g = torch.Generator().manual_seed(self.seed + 1)
         dy = torch.randint(-128, 129, (self.M, self.N), generator=g)
         return (dy / 64).to(F64).to(self.device)
+
+
+def make(mode: str, **changes) -> Case:
+    """A case in one of PEFT's precision modes."""
+    dtype, adapters, autocast = MODES[mode]
+    return Case(dtype=dtype, adapters=adapters, autocast=autocast, **changes)
 
 
 def run(function, case: Case, **changes) -> dict[str, Tensor]:
@@ -151,3 +172,17 @@ def bits_equal(a: Tensor, b: Tensor) -> bool:
         and a.shape == b.shape
         and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     )
+
+
+def assert_any_dy(y: Tensor, leaves: list[Tensor]) -> None:
+    """dy as .sum(), transposes and slices send it does what its dense copy does; y is `[M, N]`."""
+    dense = torch.arange(y.numel(), dtype=F32).view(y.shape).remainder(7.0)
+    for dy in (
+        torch.ones(()).expand(y.shape),
+        dense.T.contiguous().T,
+        torch.cat([dense, dense], 1)[:, : y.shape[1]],
+    ):
+        got = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        exact = torch.autograd.grad(y, leaves, dy.contiguous(), retain_graph=True)
+        for name, a, b in zip(NAMES, got, exact, strict=True):
+            assert errors(a, b.to(F64))[0] < 1e-6, name

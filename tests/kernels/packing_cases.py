@@ -11,7 +11,11 @@ from fastrank.kernels.packing import SparseMask
 from fastrank.kernels.packing.draws import signed_seed
 
 F32, BF16, FP16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+F64 = torch.float64
 FORMATS = (F32, BF16, FP16, INT8)
+SCHEMES = ("stratified", "bernoulli")
+# half a step of each format relative to the largest of its block, whatever that is
+STEPS = {F32: 0.0, BF16: 2.0**-8, FP16: 2.0**-11, INT8: 0.5 / 127}
 
 
 def word(seed: int, tensor_id: str, purpose: int, round: int, item: int) -> int:
@@ -40,6 +44,11 @@ def slow_positions(mask: SparseMask) -> list[int]:
 def values(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def at(dense: Tensor, mask: SparseMask) -> Tensor:
+    """A tensor's kept entries."""
+    return dense.flatten()[mask.positions()]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -16,23 +16,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from fastrank.bench.static_steps import MODES
+from fastrank.bench.static_steps import grouped_step as step
 from fastrank.kernels.common.launch import Gpu, plan_launches, pretend
 
 pytestmark = pytest.mark.aot
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
-F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# (x and dy, adapters, precision, torch's switch for fp32 products)
-MODES = {
-    "bf16": (BF16, BF16, "peft", "highest"),
-    "bf16-compute": (BF16, F32, "compute", "highest"),
-    "fp16": (FP16, FP16, "peft", "highest"),
-    "fp16-compute": (FP16, F32, "compute", "highest"),
-    "bf16-fp32": (BF16, F32, "peft", "highest"),
-    "fp16-fp32": (FP16, F32, "peft", "highest"),
-    "fp32": (F32, F32, "peft", "highest"),
-    "fp32-tf32": (F32, F32, "peft", "high"),
-}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
@@ -69,42 +59,6 @@ class Variant(NamedTuple):
         if "DOT" in self.constants:
             parts += [f"dot-{self.constants['DOT']}-{self.constants['PRECISION']}"]
         return "-".join(parts + [n.lower() for n, v in self.constants.items() if v is True])
-
-
-def step(
-    mode: str = "bf16-fp32",
-    rows: tuple[int, ...] = (64, 70),
-    ranks: tuple[int, ...] = (8, 3),
-    p: float = 0.1,
-    masked: bool = False,
-    ids: bool = False,
-    needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
-    on_device: bool = False,
-    K: int = 256,
-    N: int = 256,
-) -> None:
-    """Forward and backward of the path, launches planned and not run."""
-    from fastrank.kernels.lowrank import grouped_triton
-    from fastrank.kernels.lowrank.grouped_arguments import GroupedAux, GroupedBranch, Layout
-
-    dtype, adapters, precision, _ = MODES[mode]
-    M, R, G = sum(rows), sum(ranks), len(rows)
-    starts = (torch.tensor([0, *counts]).cumsum(0) for counts in (rows, ranks))
-    known = (None, None) if on_device else (rows, ranks)
-    layout = Layout(*known, *starts, R if on_device else max(ranks))
-    branch = GroupedBranch(p, "triton", None, precision)
-    aux = GroupedAux(
-        torch.ones(G),
-        torch.arange(G) if p else None,
-        torch.arange(M) if ids else None,
-        torch.ones(R, dtype=torch.bool) if masked else None,
-        None,
-    )
-    x, dy, weight = (torch.zeros(*s, dtype=dtype) for s in ((M, K), (M, N), (N, K)))
-    A, B, e = (torch.zeros(*s, dtype=adapters) for s in ((R, K), (R, N), (R,)))
-    _, S, keep = grouped_triton.forward(x, weight, None, A, B, e, layout, branch, aux)
-    arguments = (dy, weight, x, A, B, e, S, keep, layout, branch, aux, needs, dtype)
-    grouped_triton.backward(*arguments)
 
 
 def steps(hip: bool) -> Iterator[dict]:

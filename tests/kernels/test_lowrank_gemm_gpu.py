@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from lowrank_cases import BF16, F32, F64, FP16, Case, assert_as_good_as, errors, peft, run, truth
 
-from fastrank.kernels.common.launch import gpu_of, plan_launches
+from fastrank.kernels.common.launch import gpu_of
 from fastrank.kernels.lowrank import core, lowrank_linear, shared_input
 from fastrank.kernels.lowrank.choices import nearest, override, table_for
 
@@ -30,19 +30,6 @@ MODES = {
 def everywhere():
     with override(EVERYWHERE):
         yield
-
-
-@pytest.fixture
-def launches():
-    """Names of the kernels launched."""
-    seen = []
-
-    def run_and_note(kernel, grid, arguments):
-        seen.append(kernel.__name__.removeprefix("lowrank_").removesuffix("_kernel"))
-        kernel[grid](**arguments)
-
-    with plan_launches(run_and_note):
-        yield seen
 
 
 def make(mode: str, **changes) -> Case:

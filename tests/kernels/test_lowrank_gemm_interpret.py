@@ -16,7 +16,6 @@ from lowrank_cases import (
     truth,
 )
 
-from fastrank.kernels.common.launch import plan_launches
 from fastrank.kernels.lowrank import core, lowrank_linear
 from fastrank.kernels.lowrank.choices import override
 
@@ -41,19 +40,6 @@ EVERYWHERE = {
 def everywhere():
     with override(EVERYWHERE):
         yield
-
-
-@pytest.fixture
-def launches():
-    """Names of the kernels launched."""
-    seen = []
-
-    def run_and_note(kernel, grid, arguments):
-        seen.append(kernel.__name__.removeprefix("lowrank_").removesuffix("_kernel"))
-        kernel[grid](**arguments)
-
-    with plan_launches(run_and_note):
-        yield seen
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import pytest
 import torch
 from lowrank_cases import F32, F64, FP16, Case, bits_equal, errors
 
-from fastrank.kernels.common.launch import plan_launches
 from fastrank.kernels.lowrank import core, shared_input, triton_path
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned_empty")]
@@ -48,19 +47,6 @@ class Three:
             dx, *rest = triton_path.backward(*arguments)
             ys.append(y), dxs.append(dx), grads.append(tuple(rest))
         return ys, dxs, grads
-
-
-@pytest.fixture
-def launches():
-    """Names of the kernels launched."""
-    seen = []
-
-    def run_and_note(kernel, grid, arguments):
-        seen.append(kernel.__name__.removeprefix("lowrank_").removesuffix("_kernel"))
-        kernel[grid](**arguments)
-
-    with plan_launches(run_and_note):
-        yield seen
 
 
 def every(e: bool = True) -> tuple[bool, bool, bool, bool]:

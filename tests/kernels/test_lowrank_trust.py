@@ -15,9 +15,12 @@ from lowrank_cases import (
     F64,
     FP16,
     NAMES,
+    ON,
+    TRAINED,
     Case,
     assert_as_good_as,
     bits_equal,
+    make,
     peft,
     run,
     truth,
@@ -30,24 +33,10 @@ from fastrank.kernels.lowrank import lowrank_add, lowrank_linear, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-# x and weight, adapters, autocast
-MODES = {
-    "fp32": (F32, F32, None),
-    "bf16": (BF16, BF16, None),
-    "fp16": (FP16, FP16, None),
-    "bf16-fp32-adapters": (BF16, F32, None),
-    "autocast-bf16": (F32, F32, BF16),
-}
-ON = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
-TRAINED = torch.tensor([0, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+MODES = ("fp32", "bf16", "fp16", "bf16-fp32-adapters", "autocast-bf16")
 # rows of x and y that make two row blocks each
 LARGE = {"M": 2200, "K": 264, "N": 280, "R": 16}
 assert LARGE["M"] * LARGE["K"] > BLOCK
-
-
-def make(mode: str, **changes) -> Case:
-    dtype, adapters, autocast = MODES[mode]
-    return Case(dtype=dtype, adapters=adapters, autocast=autocast, **changes)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["p0", "p0.3"])

@@ -1,4 +1,4 @@
-"""pack, unpack, unpack_add_ and aggregate on a CPU, against what they are defined to be."""
+"""pack, unpack and unpack_add_ on a CPU, against what they are defined to be."""
 
 import math
 
@@ -6,30 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packing_cases import BF16, F32, FORMATS, FP16, INT8, same_bits, values
+from packing_cases import BF16, F32, F64, FORMATS, FP16, INT8, SCHEMES, STEPS, at, same_bits, values
 
-from fastrank.kernels.packing import (
-    Packed,
-    SparseMask,
-    aggregate,
-    aggregate_dense,
-    aggregation,
-    draws,
-    pack,
-    unpack,
-    unpack_add_,
-)
+from fastrank.kernels.packing import SparseMask, draws, pack, unpack, unpack_add_
 
-F64 = torch.float64
-SCHEMES = ("stratified", "bernoulli")
 # (shape, density): one entry, tails within blocks of scales, everything, nothing
 SHAPES = [((1,), 0.01), ((37, 91), 0.1), ((700,), 1.0), ((5, 4, 30), 0.5), ((0, 3), 0.01)]
-# half a step of each format relative to the largest of its block, whatever that is
-STEPS = {F32: 0.0, BF16: 2.0**-8, FP16: 2.0**-11, INT8: 0.5 / 127}
-
-
-def at(dense: torch.Tensor, mask: SparseMask) -> torch.Tensor:
-    return dense.flatten()[mask.positions()]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -254,97 +236,6 @@ def test_inference_tensors():
     assert pack(torch.ones(10, 10), mask).values.requires_grad_().sum().requires_grad
 
 
-def weights_for(clients: int) -> list[float]:
-    return [0.1 + 0.37 * c for c in range(clients)]
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_a_sum_of_one_mask(dtype, scheme):
-    mask = SparseMask((300, 40), 0.3, scheme=scheme)
-    clients = [pack(values(300, 40, seed=c), mask, dtype=dtype, block=16, seed=c) for c in range(5)]
-    weights = weights_for(5)
-    total = aggregate(clients, weights)
-    assert total.mask == mask
-    assert total.values.dtype == F32
-    assert total.scale is None
-    acc = torch.zeros(mask.nnz)
-    for client, weight in zip(clients, weights, strict=True):
-        acc += unpack(client) * torch.tensor(weight)
-    assert same_bits(total.values, acc)
-    exact = sum(unpack(c).double() * w for c, w in zip(clients, weights, strict=True))
-    assert (total.values - exact).abs().max() < 1e-5
-    dense = aggregate_dense(clients, weights)
-    assert same_bits(dense.flatten()[mask.positions()], acc)
-    assert int((dense != 0).sum()) <= mask.nnz
-
-
-def test_a_sum_is_cut_into_pieces_without_a_trace(monkeypatch):
-    mask = SparseMask((3000,), 0.5)
-    clients = [pack(values(3000, seed=c), mask, dtype=INT8, block=64) for c in range(3)]
-    whole = aggregate(clients, [1, 2, 3]).values
-    monkeypatch.setattr(aggregation, "_PIECE", 256)
-    assert same_bits(aggregate(clients, [1, 2, 3]).values, whole)
-
-
-def test_formats_may_differ():
-    mask = SparseMask((100, 9), 0.5)
-    clients = [pack(values(100, 9, seed=i), mask, dtype=d) for i, d in enumerate(FORMATS)]
-    total = aggregate(clients, [1, 1, 1, 1])
-    acc = torch.zeros(mask.nnz)
-    for client in clients:
-        acc += unpack(client)
-    assert same_bits(total.values, acc)
-
-
-def test_masks_of_their_own():
-    masks = [SparseMask((70, 30), 0.1, seed=c) for c in range(4)]
-    masks[2] = SparseMask((70, 30), 0.3, seed=9, scheme="bernoulli")
-    clients = [pack(values(70, 30, seed=c), m, dtype=BF16) for c, m in enumerate(masks)]
-    weights = weights_for(4)
-    total = aggregate(clients, weights)
-    expected = torch.zeros(70, 30)
-    for client, weight in zip(clients, weights, strict=True):
-        unpack_add_(expected, client, weight)
-    assert same_bits(total, expected)
-    out = torch.full((70, 30), math.nan)
-    assert aggregate_dense(clients, weights, out=out) is not None
-    assert same_bits(out, expected)
-
-
-def test_the_order_is_the_callers_and_fixed():
-    mask = SparseMask((5000,), 0.5)
-    clients = [pack(values(5000, seed=c), mask) for c in range(6)]
-    weights = weights_for(6)
-    total = aggregate(clients, weights).values
-    assert same_bits(total, aggregate(clients, weights).values)
-    # arrival: sorted back by client, the bits are the same; otherwise they are not
-    arrived = [(3, clients[3], weights[3])] + [(c, clients[c], weights[c]) for c in (5, 0, 1, 4, 2)]
-    again = sorted(arrived, key=lambda entry: entry[0])
-    assert same_bits(total, aggregate([p for _, p, _ in again], [w for *_, w in again]).values)
-    unsorted = aggregate([p for _, p, _ in arrived], [w for *_, w in arrived]).values
-    assert not same_bits(total, unsorted)
-    assert torch.allclose(total, unsorted, atol=1e-5)
-
-
-def test_the_denominator_is_the_callers():
-    masks = [SparseMask((400,), 0.5, seed=c) for c in range(2)]
-    ones = [pack(torch.ones(400), m) for m in masks]
-    plain = aggregate(ones, [3, 1])
-    assert set(plain.tolist()) == {0.0, 1.0, 3.0, 4.0}
-    assert torch.equal(aggregate(ones, [3, 1], normalize=True), plain / 4)
-    assert torch.equal(aggregate(ones, torch.tensor([3, 1]), normalize=True), plain / 4)
-    assert aggregate(ones, [0.0, -1.0]).min() == -1
-
-
-def test_counts_of_non_finite_values_add_up():
-    mask = SparseMask((100,), 1.0)
-    dense = values(100)
-    dense[3], dense[4] = math.nan, math.inf
-    clients = [pack(dense, mask, nonfinite="zero"), pack(values(100), mask)]
-    assert aggregate([clients[0], *clients], [1, 1, 1]).status.tolist() == [2, 2]
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 30), min_size=1, max_size=3).map(tuple),
@@ -373,75 +264,3 @@ def test_any_round_trip(shape, density, dtype, block, seed, scheme, exponent):
     unpack_add_(dense, packed)
     assert torch.equal(at(dense, mask), got)
     assert int((dense != 0).sum()) == int((got != 0).sum())
-
-
-MASK = SparseMask((8, 8), 0.25)
-PACKED = pack(torch.ones(8, 8), MASK)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: pack(torch.ones(64), MASK), ValueError, r"\[64\].*\[8, 8\]"),
-        (lambda: pack(torch.ones(8, 8).long(), MASK), ValueError, "int64"),
-        (lambda: pack(torch.ones(8, 8).to_sparse(), MASK), ValueError, "layout"),
-        (lambda: pack([1.0], MASK), TypeError, "list"),
-        (lambda: pack(torch.ones(8, 8), (8, 8)), TypeError, "SparseMask"),
-        (lambda: pack(torch.ones(8, 8), MASK, dtype=F64), ValueError, "float32, bfloat16"),
-        (lambda: pack(torch.ones(8, 8), MASK, dtype=INT8, block=100), ValueError, "power of two"),
-        (lambda: pack(torch.ones(8, 8), MASK, block=True), ValueError, "power of two"),
-        (lambda: pack(torch.ones(8, 8), MASK, nonfinite="skip"), ValueError, "raise, zero"),
-        (lambda: pack(torch.ones(8, 8), MASK, dtype=INT8, seed=-1), ValueError, "seed is -1"),
-        (lambda: pack(torch.ones(8, 8), MASK, seed=2**64), ValueError, "seed"),
-        (lambda: pack(torch.ones(8, 8), MASK, backend="cuda"), ValueError, "unknown backend"),
-        (lambda: pack(torch.ones(8, 8), MASK, backend="triton"), ValueError, "TRITON_INTERPRET"),
-        (lambda: unpack_add_(torch.ones(4, 16), PACKED), ValueError, r"\[4, 16\].*\[8, 8\]"),
-        (lambda: unpack_add_(torch.ones(8, 8), PACKED, math.nan), ValueError, "weight is nan"),
-        (lambda: unpack_add_(torch.ones(8, 8), PACKED, 1e39), ValueError, "float32"),
-        (lambda: unpack_add_(torch.ones(8, 1).expand(8, 8), PACKED), ValueError, "overlap"),
-        (lambda: unpack_add_(torch.ones(8, 8).int(), PACKED), ValueError, "int32"),
-        (lambda: unpack_add_(torch.ones(8, 8, device="meta"), PACKED), ValueError, "meta"),
-        (lambda: aggregate([], []), ValueError, "nothing to sum"),
-        (lambda: aggregate([PACKED], [1, 2]), ValueError, "1 updates but 2 weights"),
-        (lambda: aggregate([PACKED], [math.inf]), ValueError, "weight 0 is inf"),
-        (lambda: aggregate([PACKED], [1e40]), ValueError, "too large"),
-        (lambda: aggregate([PACKED] * 2, [1, -1], normalize=True), ValueError, "sum to 0"),
-        (lambda: aggregate([PACKED.values], [1]), TypeError, "Tensor"),
-        (
-            lambda: aggregate([PACKED, pack(torch.ones(64), SparseMask((64,), 0.25))], [1, 1]),
-            ValueError,
-            r"update 1 is of '' \[64\]",
-        ),
-        (
-            lambda: aggregate_dense([PACKED], [1], out=torch.ones(8, 8).t().double()),
-            ValueError,
-            "contiguous float32",
-        ),
-    ],
-)
-def test_arguments_are_checked(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ({"values": torch.ones(15)}, "keeps 16 entries"),
-        ({"values": torch.ones(16, 1)}, "keeps 16 entries"),
-        ({"values": torch.ones(16, dtype=F64)}, "float64"),
-        ({"values": torch.ones(16, dtype=INT8)}, r"need a scale \[1\]"),
-        ({"scale": torch.ones(1)}, "take no scale"),
-        ({"values": torch.ones(16, dtype=FP16), "scale": torch.ones(2)}, r"need float32 \[1\]"),
-        ({"values": torch.ones(16, dtype=FP16), "scale": torch.ones(1).half()}, "need float32"),
-        ({"status": torch.zeros(1, dtype=torch.int64)}, r"int64 \[2\]"),
-        ({"status": torch.zeros(2)}, r"int64 \[2\]"),
-        ({"values": torch.ones(16, device="meta")}, "on one"),
-        ({"block": 48}, "power of two"),
-    ],
-)
-def test_parts_must_go_together(parts, message):
-    given = {"values": torch.ones(16), "scale": None, "mask": MASK}
-    given["status"] = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=message):
-        Packed(**given | parts)

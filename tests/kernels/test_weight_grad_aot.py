@@ -11,16 +11,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from fastrank.bench.static_steps import weight_grad_step as step
 from fastrank.kernels.common.launch import Gpu, plan_launches, pretend
-from fastrank.kernels.packing import SparseMask
-from fastrank.kernels.packing.overlay import places_of
 
 pytestmark = pytest.mark.aot
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-CPU = torch.device("cpu")
 # what the normal run compiles; the slow one compiles everything
 SAMPLE = (
     r"bf16-.*-64x128x(128|256)x.*-drawn|bf16-.*-32x128x128x.*-loaded"
@@ -40,14 +38,6 @@ class Variant(NamedTuple):
         tile = "x".join(str(n) for n in [*blocks, *list(self.options.values())[:2]])
         how = "drawn" if self.constants["DRAWN"] else "loaded"
         return f"{self.types['x_ptr'][1:]}-{self.constants['PRECISION']}-{tile}-{how}"
-
-
-def step(dtype=BF16, M=512, N=512, K=256, scheme="stratified", density=0.01, **fields) -> None:
-    from fastrank.kernels.packing import launch_grad
-
-    mask = SparseMask((N, K), density, scheme=scheme, **fields)
-    dy, x = torch.zeros(M, N, dtype=dtype), torch.zeros(M, K, dtype=dtype)
-    launch_grad.masked_gradient(dy, x, places_of(mask, CPU))
 
 
 @functools.cache
