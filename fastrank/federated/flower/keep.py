@@ -4,7 +4,8 @@
     FOLDER/RUN/client_ID/round_NNNN     what a client kept after that round
 
 Files are messages of `wire`, checked by their own checksum. A client's are kept by round, because a
-server that goes on after a checkpoint goes back to that checkpoint's round.
+server that goes on after a checkpoint goes back to that checkpoint's round, with another run of
+Flower's: its Context would be lost with the first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -20,11 +20,6 @@ from fastrank.federated.storage import write_atomic
 from fastrank.federated.wire import Payload, WireError, from_bytes, to_bytes
 
 _log = logging.getLogger("fastrank")
-
-
-def default_folder() -> Path:
-    """Where nodes keep things unless they are told another place."""
-    return Path.home() / ".cache" / "fastrank" / "flower"
 
 
 class Keep:
@@ -37,12 +32,10 @@ class Keep:
     def replica(self) -> tuple[int, dict[str, Tensor]]:
         """The round before which the kept tensors were the server's, and those; (0, {}) if none."""
         payload = _read(self._replica)
-        if payload is None:
-            return 0, {}
-        return int(payload.metadata["round"]), payload.tensors
+        return (0, {}) if payload is None else (int(payload.metadata["round"]), payload.tensors)
 
     def keep_replica(self, round: int, tensors: Mapping[str, Tensor]) -> None:
-        _write(self._replica, dict(tensors), {"round": round})
+        _write(self._replica, tensors, round)
 
     def client(self, client: int, round: int | None) -> dict[str, Tensor] | None:
         """What the client kept after that round (None: it has kept nothing yet).
@@ -66,7 +59,7 @@ class Keep:
         self, client: int, round: int, tensors: Mapping[str, Tensor], floor: int
     ) -> None:
         """Keep it, and drop what no checkpoint from ``floor`` rounds on can ask for."""
-        _write(self._of(client) / f"round_{round:04d}", dict(tensors), {"round": round})
+        _write(self._of(client) / f"round_{round:04d}", tensors, round)
         before = [path for path in self._rounds(client) if _round(path) < min(floor, round)]
         for path in before[:-1]:  # a server at ``floor`` may ask for the newest of these
             path.unlink(missing_ok=True)
@@ -82,9 +75,9 @@ def _round(path: Path) -> int:
     return int(path.name.removeprefix("round_"))
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], round: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, to_bytes(Payload(tensors, metadata)))
+    write_atomic(path, to_bytes(Payload(dict(tensors), {"round": round})))
 
 
 def _read(path: Path) -> Payload | None:

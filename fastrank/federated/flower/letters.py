@@ -1,7 +1,7 @@
 """What server and nodes write each other: a JSON header and byte strings, in safe hands only.
 
     hello    server -> node    nothing
-             node -> server    description, clients          # agreement.py, settings.py
+             node -> server    description, clients, and of a silo: examples
     train    server -> node    run, agreed, round, threads, floor, sketch,
                                clients [{client, payload, last, max_steps}], values
              node -> server    results [{client, payload, num_examples, num_steps, train_loss,
@@ -96,30 +96,25 @@ def read_letter(text: Any, blobs: list[bytes]) -> Letter:
     return Letter(header, blobs)
 
 
-def take(header: Mapping[str, Any], key: str, kind: type, *, none: bool = False) -> Any:
-    """A header's value, of exactly this type."""
+def take(
+    header: Mapping[str, Any], key: str, kind: type, *, of: type | None = None, none: bool = False
+) -> Any:
+    """A header's value, of exactly this type; whole numbers are counts, none is negative.
+
+    Args:
+        of: the type of a list's entries.
+        none: it may be missing.
+    """
     value = header.get(key)
     if none and value is None:
         return None
     if type(value) is not kind:
         raise LetterError(f"{key} must be of type {kind.__name__}, got {str(value)[:80]!r}")
-    return value
-
-
-def take_count(header: Mapping[str, Any], key: str, *, none: bool = False) -> Any:
-    """A whole number that is not negative."""
-    value = take(header, key, int, none=none)
-    if value is not None and not 0 <= value < 2**63:
+    if kind is int and not 0 <= value < 2**63:
         raise LetterError(f"{key} must be at least 0, got {value}")
+    if of is not None and any(type(each) is not of for each in value):
+        raise LetterError(f"{key} must be a list of {of.__name__}")
     return value
-
-
-def take_list(header: Mapping[str, Any], key: str, kind: type) -> list[Any]:
-    """A list of values of exactly this type."""
-    found = take(header, key, list)
-    if any(type(each) is not kind for each in found):
-        raise LetterError(f"{key} must be a list of {kind.__name__}")
-    return found
 
 
 def take_run(header: Mapping[str, Any]) -> str:
@@ -152,14 +147,14 @@ def write_score(score: Mapping[str, float]) -> dict[str, Any]:
 def take_score(header: Mapping[str, Any]) -> dict[str, float]:
     """A score that `write_score` wrote: means of something, and the counts they are over."""
     score = take(header, "score", dict)
-    found: dict[str, float] = {"count": take_count(score, "count")}
-    for key in ("loss", "accuracy"):
-        found[key] = take_number(score, key)
+    found: dict[str, float] = {"count": take(score, "count", int)}
+    means = ["loss", "accuracy"]
     if "rouge_l" in score:
-        found |= {"rouge_l": take_number(score, "rouge_l"),
-                  "generated": take_count(score, "generated")}  # fmt: skip
-    for key in found.keys() & {"accuracy", "rouge_l"}:
-        if found["count"] and not 0 <= found[key] <= 1:
+        means.append("rouge_l")
+        found["generated"] = take(score, "generated", int)
+    for key in means:
+        found[key] = take_number(score, key)
+        if key != "loss" and found["count"] and not 0 <= found[key] <= 1:
             raise LetterError(f"{key} must be in [0, 1], got {found[key]}")
     return found
 

@@ -18,11 +18,8 @@ def content_of(letter: Letter) -> RecordDict:
     """The content of a message."""
     content = RecordDict({_HEADER: ConfigRecord({"header": letter.text()})})
     if letter.blobs:
-        arrays = {
-            f"{i:06d}": Array(np.frombuffer(blob, dtype=np.uint8))
-            for i, blob in enumerate(letter.blobs)
-        }
-        content[_BLOBS] = ArrayRecord(arrays)
+        arrays = [Array(np.frombuffer(blob, dtype=np.uint8)) for blob in letter.blobs]
+        content[_BLOBS] = ArrayRecord({f"{i:06d}": array for i, array in enumerate(arrays)})
     return content
 
 
@@ -35,8 +32,7 @@ def letter_of(content: RecordDict) -> Letter:
     header = content.config_records.get(_HEADER)
     if header is None or "header" not in header:
         raise LetterError("the message is not fastrank's: use fastrank's apps on both sides")
-    arrays = content.array_records.get(_BLOBS, {})
-    blobs = []
+    arrays, blobs = content.array_records.get(_BLOBS, {}), []
     for name in sorted(arrays):
         try:
             array = arrays[name].numpy()

@@ -8,6 +8,7 @@ and headers, sketches and what nodes had to ask for.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -28,13 +29,12 @@ from fastrank.federated.flower.letters import (
     Silence,
     letter,
     take,
-    take_count,
-    take_list,
     take_number,
     take_score,
 )
-from fastrank.federated.flower.replica import Digests, sent_prefixes, shown_extra, sketch
+from fastrank.federated.flower.replica import Digests, flat, may_be_told, sketch
 from fastrank.federated.flower.roster import Link, Roster
+from fastrank.federated.flower.silo import Silos, classes_of, server_data
 from fastrank.federated.local import pooled
 from fastrank.federated.methods.base import LocalResult, Method, ServerState, Update
 from fastrank.federated.simulation import Simulation
@@ -45,6 +45,7 @@ _log = logging.getLogger("fastrank")
 
 TRANSPORT = "transport.jsonl"
 NO_NODE = "no node serves it now"
+_CROSSED = ("nodes", "bytes_down", "bytes_up", "asked_for", "asked_for_bytes", "seconds")
 
 
 class RemoteError(RuntimeError):
@@ -53,6 +54,11 @@ class RemoteError(RuntimeError):
 
 class RemoteExecutor:
     """Sends a round's cohort to the nodes that serve it and reads their answers.
+
+    Args:
+        simulation: prepared, whose clients are run.
+        roster: where they are.
+        agreed: the fingerprint of what all nodes have agreed to.
 
     Attributes:
         run_key: names the run on the nodes, where clients keep what is theirs.
@@ -64,24 +70,13 @@ class RemoteExecutor:
     world_size = 1
     clients_in_parallel = 1
 
-    def __init__(
-        self,
-        method: Method,
-        link: Link,
-        roster: Roster,
-        partition: Sequence[np.ndarray],
-        agreed: str,
-        *,
-        timeout: float,
-        floor: Callable[[], int],
-    ) -> None:
-        self.method, self.link, self.roster = method, link, roster
-        self.partition, self.agreed, self.timeout = partition, agreed, timeout
-        self.floor = floor
+    def __init__(self, simulation: RemoteSimulation, roster: Roster, agreed: str) -> None:
+        self.simulation, self.roster, self.agreed = simulation, roster, agreed
+        self.method, self.partition = simulation.method, simulation.partition
         self.run_key = uuid.uuid4().hex
         self.kept: dict[int, int] = {}
         self.rounds_done = 0
-        self.transport: dict[str, float] = {}
+        self.transport: dict[str, float] = dict.fromkeys(_CROSSED, 0)
         self._digests = Digests()
 
     def facts(self) -> dict[str, Any]:
@@ -105,18 +100,13 @@ class RemoteExecutor:
         on_client: Callable[[int], None] = lambda client: None,
     ) -> Iterator[Update]:
         """Yield the valid updates of the cohort, in its order; ``on_client`` is told of each."""
-        self.transport = dict.fromkeys(
-            ("nodes", "bytes_down", "bytes_up", "asked_for", "asked_for_bytes", "seconds"), 0
-        )
         self.rounds_done = exchange.round + 1
+        self.transport = dict.fromkeys(_CROSSED, 0)
         self.roster.refresh()
         sent = {client: self._send(exchange, client) for client in cohort}
-        tasks = {
-            client: {"last": self.kept.get(client), "max_steps": _max_steps(exchange, client)}
-            for client, data in sent.items()
-            if data is not None
-        }
         payloads = {client: data for client, data in sent.items() if data is not None}
+        steps = {client: fate.max_steps for client, fate in exchange.fates.items()}
+        tasks = {c: {"last": self.kept.get(c), "max_steps": steps.get(c)} for c in payloads}
         answers, reasons = self._ask("train", exchange.state, exchange.round, tasks, payloads)
         unseated = [c for c, reason in exchange.dropped.items() if reason == NO_NODE]
         if not answers and (tasks or unseated):
@@ -148,24 +138,15 @@ class RemoteExecutor:
         self, exchange: Exchange, client: int, result: Mapping[str, Any], data: bytes
     ) -> Update | None:
         try:
-            count = take_count(result, "num_examples")
-            if count != len(self.partition[client]):
-                raise LetterError(
-                    f"it says it has {count} examples, but it has {len(self.partition[client])}"
-                )
-            measured = LocalResult(
-                client=client,
-                round=exchange.round,
-                tensors={},
-                num_examples=count,
-                num_steps=take_count(result, "num_steps"),
-                train_loss=take_number(result, "train_loss"),
-            )
-            kept = take(result, "kept", bool)
-            payload = from_bytes(data)
+            count, wanted = take(result, "num_examples", int), len(self.partition[client])
+            if count != wanted:
+                raise LetterError(f"it says it has {count} examples, but it has {wanted}")
+            steps, loss = take(result, "num_steps", int), take_number(result, "train_loss")
+            kept, payload = take(result, "kept", bool), from_bytes(data)
         except (LetterError, WireError) as error:
             exchange.traffic.bytes_up += len(data)
             return exchange.skip(client, str(error))
+        measured = LocalResult(client, exchange.round, {}, count, steps, loss)
         update = exchange.receive(measured, sent=(payload, None))
         if update is not None and kept:
             self.kept[client] = exchange.round
@@ -176,22 +157,28 @@ class RemoteExecutor:
     def judge(self, state: ServerState, limit: int | None) -> dict[str, float] | None:
         """Mean loss and accuracy of the models that clients keep, each on its share of the test.
 
-        None if no client answered.
+        In silos each on its own test set, if it has one. None if no client answered.
         """
-        clients = sorted(self.kept)
-        seated = [client for client in clients if client in self.roster.seats]
-        if len(seated) < len(clients):
-            _log.warning("%d clients' own models can't be judged", len(clients) - len(seated))
+        seated = [client for client in sorted(self.kept) if client in self.roster.seats]
+        if len(seated) < len(self.kept):
+            away = len(self.kept) - len(seated)
+            _log.warning("%d clients' own models can't be judged", away)
         data = to_bytes(Payload(dict(state.tensors)))  # unrounded: the judge is no client
+        shared = not isinstance(self.partition, Silos)
         tasks = {
-            client: {"last": self.kept[client], "part": [i, len(seated)]}
+            client: {"last": self.kept[client], "part": [i, len(seated)] if shared else [0, 1]}
             for i, client in enumerate(seated)
         }
         payloads = dict.fromkeys(seated, data)
         answers, reasons = self._ask("judge", state, self.rounds_done, tasks, payloads, limit=limit)
+        scores = []
+        for client in filter(answers.__contains__, seated):
+            try:
+                scores.append(take_score(answers[client][0]))
+            except LetterError as error:
+                reasons[client] = str(error)
         for client, reason in reasons.items():
             _log.warning("the model of client %d could not be judged: %s", client, reason)
-        scores = [take_score(answers[client][0]) for client in seated if client in answers]
         return pooled(scores) if scores else None
 
     # -- letters ---------------------------------------------------------------------------------
@@ -211,6 +198,15 @@ class RemoteExecutor:
         for client in tasks:
             by_node.setdefault(self.roster.seats[client], []).append(client)
         parsed = {id(data): from_bytes(data) for data in payloads.values()}
+        oldest = next(iter(list_checkpoints(self.simulation.output_dir)), None)
+        more |= {
+            "run": self.run_key,
+            "agreed": self.agreed,
+            "round": round,
+            "threads": torch.get_num_threads(),
+            # no server goes back further than to its oldest checkpoint
+            "floor": 0 if oldest is None else int(oldest.name.removeprefix("round_")),
+        }
         letters = {}
         for node, clients in by_node.items():
             blobs = list({id(payloads[c]): payloads[c] for c in clients}.values())
@@ -218,21 +214,16 @@ class RemoteExecutor:
             letters[node] = letter(
                 kind,
                 blobs,
-                run=self.run_key,
-                agreed=self.agreed,
-                round=round,
-                threads=torch.get_num_threads(),
-                floor=self.floor(),
+                **more,
                 sketch=sketch(
                     state,
                     [parsed[id(blob)] for blob in blobs],
                     self._digests,
-                    shown_extra(self.method, state.extra, clients),
+                    self.method.public_extra(state.extra, clients),
                 ),
                 clients=[
                     {"client": c, "payload": places[id(payloads[c])], **tasks[c]} for c in clients
                 ],
-                **more,
             )
         replies = self._converse(kind, letters, state, round)
         answers: dict[int, tuple[dict[str, Any], bytes]] = {}
@@ -241,6 +232,7 @@ class RemoteExecutor:
             found, failed = _read(replies.get(node, Silence("no reply")), clients)
             answers |= found
             reasons |= {c: f"node {node}: {reason}" for c, reason in failed.items()}
+        self._count("nodes", len(letters))
         self._count("seconds", time.perf_counter() - began)
         return answers, reasons
 
@@ -256,38 +248,32 @@ class RemoteExecutor:
                     again[node] = self._told(letters[node], reply, state)
                 except LetterError as error:
                     replies[node] = Silence(str(error))
-        if again:
-            replies |= self._exchange(kind, again, round)
-        self._count("nodes", len(letters))
-        return replies
+        return replies | self._exchange(kind, again, round) if again else replies
 
     def _told(self, asked: Letter, reply: Letter, state: ServerState) -> Letter:
         """The same letter with the values a node lacks."""
-        values, prefixes = {}, sent_prefixes(self.method)
-        for name in take_list(reply.header, "names", str):
-            section, _, rest = name.partition(":")
-            held = state.tensors if section == "tensors" else state.server
-            if rest not in held or (section != "tensors" and not rest.startswith(prefixes)):
+        names, held = take(reply.header, "names", list, of=str), flat(state)
+        for name in names:
+            if name not in held or not may_be_told(self.method, name):
                 raise LetterError(f"it asked for {name!r}, which is not for clients")
-            values[name] = held[rest]
-        data = to_bytes(Payload(values))
-        self._count("asked_for", len(values))
+        data = to_bytes(Payload({name: held[name] for name in names}))
+        self._count("asked_for", len(set(names)))
         self._count("asked_for_bytes", len(data))
-        header = {**asked.header, "values": len(asked.blobs)}
-        return Letter(header, [*asked.blobs, data])
+        return Letter({**asked.header, "values": len(asked.blobs)}, [*asked.blobs, data])
 
     def _exchange(
         self, kind: str, letters: Mapping[int, Letter], round: int
     ) -> dict[int, Letter | Silence]:
         flower_kind = "evaluate" if kind == "judge" else kind
-        replies = self.link.ask(flower_kind, letters, round, self.timeout)
+        simulation = self.simulation
+        replies = simulation.link.ask(flower_kind, letters, round, simulation.reply_timeout)
         self._count("bytes_down", sum(each.num_bytes for each in letters.values()))
         got = [reply for reply in replies.values() if isinstance(reply, Letter)]
         self._count("bytes_up", sum(reply.num_bytes for reply in got))
         return replies
 
     def _count(self, key: str, value: float) -> None:
-        self.transport[key] = self.transport.get(key, 0) + value
+        self.transport[key] += value
 
 
 class RemoteSimulation(Simulation):
@@ -309,32 +295,20 @@ class RemoteSimulation(Simulation):
         self.callbacks.insert(0, _Transport(self))
 
     def prepare(self) -> ServerState:
+        in_silos = classes_of(self.config.dataset) is not None
+        if in_silos:
+            self.data = server_data(self.data or self.config.test_dataset, self.config)
+            self._partition = Silos(self.config.num_clients)
         state = super().prepare()
         description = describe(self)
         self._tell("on_stage", f"waiting for nodes that serve {len(self.partition)} clients")
-        roster = Roster(
-            self.link,
-            description,
-            len(self.partition),
-            timeout=self.start_timeout,
-            reply_timeout=self.start_timeout,
-        )
+        roster = Roster(self.link, description, self.partition, timeout=self.start_timeout)
         roster.gather()
-        self.executor = RemoteExecutor(
-            self.method,
-            self.link,
-            roster,
-            self.partition,
-            fingerprint(description["agreed"]),
-            timeout=self.reply_timeout,
-            floor=self._oldest_checkpoint,
-        )
+        if in_silos:  # config.json says how many they are
+            total = sum(len(own) for own in self.partition)
+            self.train = dataclasses.replace(self.train, lengths=np.zeros(total, dtype=np.int64))
+        self.executor = RemoteExecutor(self, roster, fingerprint(description["agreed"]))
         return state
-
-    def _oldest_checkpoint(self) -> int:
-        """Rounds that the oldest checkpoint stands for: none can go back further."""
-        found = list_checkpoints(self.output_dir)
-        return int(found[0].name.removeprefix("round_")) if found else 0
 
     def _evaluate(
         self, state: ServerState, limit: int | None, clients: Mapping[int, Any] | None = None
@@ -372,34 +346,28 @@ class _Transport(Callback):
         write_atomic(self.simulation.output_dir / TRANSPORT, text.encode())
 
 
-def _max_steps(exchange: Exchange, client: int) -> int | None:
-    fate = exchange.fates.get(client)
-    return None if fate is None else fate.max_steps
-
-
 def _read(
     reply: Letter | Silence, clients: Sequence[int]
 ) -> tuple[dict[int, tuple[dict[str, Any], bytes]], dict[int, str]]:
-    """What a node says of each of its clients."""
+    """What a node says of each of its clients: answers, and reasons for having none."""
     if isinstance(reply, Silence):
         return {}, dict.fromkeys(clients, reply.reason)
+    answers: dict[int, tuple[dict[str, Any], bytes]] = {}
+    reasons = dict.fromkeys(clients, "nothing was said of this client")
     try:
         if reply.kind == "refused":
             return {}, dict.fromkeys(clients, take(reply.header, "reason", str)[:2000])
         if reply.kind not in ("updates", "scores"):
             raise LetterError(f"its reply is of the kind {reply.kind[:20]!r}")
         key = "results" if reply.kind == "updates" else "scores"
-        answers, reasons = {}, {}
-        for result in take_list(reply.header, key, dict):
-            client = take_count(result, "client")
+        for result in take(reply.header, key, list, of=dict):
+            client = take(result, "client", int)
             if client not in clients or client in answers:
                 raise LetterError(f"it answers for client {client}, which it was not asked for")
             data = reply.blob(result.get("payload")) if reply.kind == "updates" else b""
             answers[client] = (result, data)
-        for failed in take_list(reply.header, "failed", dict):
-            reasons[take_count(failed, "client")] = take(failed, "reason", str)[:2000]
+        for failed in take(reply.header, "failed", list, of=dict):
+            reasons[take(failed, "client", int)] = take(failed, "reason", str)[:2000]
     except LetterError as error:
         return {}, dict.fromkeys(clients, str(error))
-    silent = set(clients) - answers.keys() - reasons.keys()
-    reasons |= dict.fromkeys(silent, "nothing was said of this client")
-    return answers, {c: reason for c, reason in reasons.items() if c in set(clients) - set(answers)}
+    return answers, {c: reasons[c] for c in clients if c not in answers}

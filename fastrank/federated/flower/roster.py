@@ -7,16 +7,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from fastrank.errors import UsageError
 from fastrank.federated.flower.agreement import differences
 from fastrank.federated.flower.letters import Letter, LetterError, Silence, letter, take
-from fastrank.federated.flower.settings import ranges_of, words_of
+from fastrank.federated.flower.settings import read_ranges, words_of
+from fastrank.federated.flower.silo import Silos
 
 _log = logging.getLogger("fastrank")
 
 
 class Link(Protocol):
-    """What carries letters to nodes and back; `strategy.GridLink` is Flower's."""
+    """What carries letters to nodes and back; `strategy.Strategy` is Flower's."""
 
     def nodes(self) -> set[int]:
         """Ids of the nodes that are there now."""
@@ -32,23 +35,21 @@ class Roster:
 
     Args:
         description: the server's, from `agreement.describe`.
-        num_clients: clients of the run; each needs a node before it starts.
-        timeout: seconds to wait for nodes at the start.
-        reply_timeout: seconds a node has for loading data and model.
+        partition: of the run; each client needs a node before it starts. Silos fill it.
+        timeout: seconds to wait for nodes at the start, and for one to load its data and model.
     """
 
     def __init__(
         self,
         link: Link,
         description: Mapping[str, Any],
-        num_clients: int,
+        partition: Sequence[np.ndarray],
         *,
         timeout: float,
-        reply_timeout: float,
         pause: float = 1.0,
     ) -> None:
-        self.link, self.description, self.num_clients = link, description, num_clients
-        self.timeout, self.reply_timeout, self.pause = timeout, reply_timeout, pause
+        self.link, self.description, self.partition = link, description, partition
+        self.timeout, self.pause = timeout, pause
         self.seats: dict[int, int] = {}
         self._met: set[int] = set()
 
@@ -59,20 +60,19 @@ class Roster:
             UsageError: a node with another configuration, two nodes for one client, or too few
                 nodes in time.
         """
-        deadline = time.monotonic() + self.timeout
-        while True:
-            self._greet(strict=True)
-            if len(self.seats) == self.num_clients:
-                return
+        deadline, count = time.monotonic() + self.timeout, len(self.partition)
+        self._greet(strict=True)
+        while len(self.seats) < count:
             if time.monotonic() >= deadline:
-                without = ranges_of(set(range(self.num_clients)) - self.seats.keys())
+                without = words_of(set(range(count)) - self.seats.keys())
                 raise UsageError(
                     f"{len(self._met)} nodes came within {self.timeout:g} s, and none of them "
-                    f"serves clients {words_of(without)}; start more nodes, or raise "
-                    "start-timeout; with Flower's simulation engine set num-supernodes to "
-                    f"{self.num_clients}, or to a number of nodes that share the clients"
+                    f"serves clients {without}; start more nodes, or raise start-timeout; with "
+                    f"Flower's simulation engine set num-supernodes to {count}, or to a number of "
+                    "nodes that share the clients"
                 )
             time.sleep(self.pause)
+            self._greet(strict=True)
 
     def refresh(self) -> None:
         """Meet nodes that are new and forget those that are gone."""
@@ -81,7 +81,7 @@ class Roster:
             self._met -= gone
             lost = [client for client, node in self.seats.items() if node in gone]
             self.seats = {c: node for c, node in self.seats.items() if node not in gone}
-            _log.warning("%d nodes left; no node for clients %s", len(gone), _words(lost))
+            _log.warning("%d nodes left; no node for clients %s", len(gone), words_of(lost))
         self._greet(strict=False)
 
     def _greet(self, *, strict: bool) -> None:
@@ -89,9 +89,7 @@ class Roster:
         if not new:
             return
         asked = {node: letter("hello") for node in sorted(new)}
-        replies = self.link.ask("query", asked, 0, self.reply_timeout)
-        for node in sorted(replies):
-            reply = replies[node]
+        for node, reply in sorted(self.link.ask("query", asked, 0, self.timeout).items()):
             try:
                 self._seat(node, reply, strict=strict)
             except (UsageError, LetterError) as error:
@@ -110,42 +108,29 @@ class Roster:
         if reply.kind == "refused":
             raise UsageError(take(reply.header, "reason", str))
         described = take(reply.header, "description", dict)
-        server, its = self.description["agreed"], described.get("agreed")
-        if not isinstance(its, dict) or server != its:
-            found = differences(server, its)
+        if found := differences(self.description["agreed"], described.get("agreed")):
             raise UsageError(
                 "it runs another configuration than the server: "
                 + "; ".join(found[:20])
                 + (f"; and {len(found) - 20} more" if len(found) > 20 else "")
                 + "; give both sides the same options and data"
             )
-        clients = _clients(reply.header, self.num_clients)
+        clients = read_ranges(take(reply.header, "clients", str), len(self.partition))
         taken = [c for c in clients if self.seats.get(c, node) != node]
         if taken and strict:
             raise UsageError(
-                f"it serves clients {_words(taken)}, and node {self.seats[taken[0]]} does, too; "
+                f"it serves clients {words_of(taken)}, and node {self.seats[taken[0]]} does, too; "
                 "give every node a partition-id, or clients, of its own"
             )
+        if isinstance(self.partition, Silos):
+            for client in clients:
+                self.partition.told(client, take(reply.header, "examples", int))
         if taken:
-            _log.warning("clients %s moved to node %d", _words(taken), node)
+            _log.warning("clients %s moved to node %d", words_of(taken), node)
         self._met.add(node)
         self.seats.update(dict.fromkeys(clients, node))
         unlike = differences(self.description["may_differ"], described.get("may_differ"))
         if unlike:
             _log.warning("node %d: results may differ in their last bits: %s", node,
                          "; ".join(unlike))  # fmt: skip
-        _log.info("node %d serves clients %s", node, _words(clients))
-
-
-def _clients(header: Mapping[str, Any], num_clients: int) -> list[int]:
-    found: list[int] = []
-    for pair in take(header, "clients", list):
-        whole = isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
-        if not whole or not 0 <= pair[0] <= pair[1] < num_clients:
-            raise LetterError(f"clients must be ranges below {num_clients}, got {str(pair)[:80]}")
-        found.extend(range(pair[0], pair[1] + 1))
-    return found
-
-
-def _words(clients: Sequence[int]) -> str:
-    return words_of(ranges_of(clients))
+        _log.info("node %d serves clients %s", node, words_of(clients))

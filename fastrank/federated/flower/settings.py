@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastrank.federated.config import read_assignment, read_toml
 
 # what the apps read themselves; every other key is an option of fastrank's
 RUN_KEYS = ("config", "set", "resume", "reply_timeout", "start_timeout")
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 def options_of(run_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,32 +65,27 @@ def clients_of(node_config: Mapping[str, Any], num_clients: int) -> list[int]:
 
 
 def read_ranges(text: str, num_clients: int) -> list[int]:
-    """ "0-4,7" as a list of clients below ``num_clients``."""
+    """ "0-4, 7" as a list of clients below ``num_clients``; "none" for none of them."""
     found: set[int] = set()
-    for part in text.replace(" ", "").split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"clients must read like 0-4,7; got {text!r}")
-        ends = int(first), int(last or first)
-        if not ends[0] <= ends[1] < num_clients:
+    for part in () if text == "none" else text.replace(" ", "").split(","):
+        ends = _RANGE.fullmatch(part)
+        if ends is None:
+            raise UsageError(f"clients must read like 0-4,7; got {text[:80]!r}")
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if not first <= last < num_clients:
             raise UsageError(
-                f"clients {part} of {text!r} are not among the run's, 0 to {num_clients - 1}"
+                f"clients {part} of {text[:80]!r} are not among the run's, 0 to {num_clients - 1}"
             )
-        found.update(range(ends[0], ends[1] + 1))
+        found.update(range(first, last + 1))
     return sorted(found)
 
 
-def ranges_of(clients: Iterable[int]) -> list[list[int]]:
-    """Runs of clients as [first, last]: short for a node that serves many."""
-    found: list[list[int]] = []
+def words_of(clients: Iterable[int]) -> str:
+    """Clients as `read_ranges` reads them: short for a node that serves many."""
+    runs: list[list[int]] = []
     for client in sorted(clients):
-        if found and client == found[-1][1] + 1:
-            found[-1][1] = client
+        if runs and client == runs[-1][1] + 1:
+            runs[-1][1] = client
         else:
-            found.append([client, client])
-    return found
-
-
-def words_of(ranges: Iterable[Iterable[int]]) -> str:
-    """Those runs for people: "0-4, 7"."""
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges) or "none"
+            runs.append([client, client])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs) or "none"

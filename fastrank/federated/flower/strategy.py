@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -18,6 +19,7 @@ from fastrank.federated.flower.letters import Letter, LetterError, Silence
 from fastrank.federated.flower.records import content_of, letter_of
 from fastrank.federated.flower.remote import connected
 from fastrank.federated.flower.settings import options_of
+from fastrank.federated.flower.silo import classes_of
 from fastrank.federated.methods import Method
 from fastrank.federated.simulation import RunResult
 
@@ -42,7 +44,8 @@ class Strategy(FlowerStrategy):
     Args:
         options: of fastrank's, or the context's ``run_config`` (see `options_of`).
         method: the class of a method that fastrank doesn't know by name.
-        data, partition: as for `Simulation`; give `client_app` the same.
+        data, partition: as for `Simulation`; give `client_app` the same. Where data lies in silos
+            (silo.py), ``data`` has the server's test set, if ``test_dataset`` does not name it.
         callbacks: told of every stage and round.
         resume: a run directory to go on with; also the run configuration's ``resume``.
         start_timeout: seconds to wait for nodes that serve all clients; also ``start-timeout``.
@@ -65,53 +68,36 @@ class Strategy(FlowerStrategy):
         reply_timeout: float = 3600.0,
     ) -> None:
         given = {key.replace("-", "_"): value for key, value in options.items()}
-        self.options = options_of(options)
+        self.options, self.method = options_of(options), method
+        if data is not None and classes_of(dataset := self.options.get("dataset", "")) is not None:
+            data = dataclasses.replace(data, name=dataset)
         self.own = {"data": data, "partition": partition, "callbacks": list(callbacks)}
-        self.method = method
         self.resume = resume or given.get("resume") or None
         self.start_timeout = float(given.get("start_timeout") or start_timeout)
         self.reply_timeout = float(given.get("reply_timeout") or reply_timeout)
         self.run_result: RunResult | None = None
-        self._outbox: list[Message] = []
-        self._inbox: dict[int, Letter | Silence] = {}
+        self._messages: list[Message] = []
+        self._heard: dict[int, Letter | Silence] = {}
 
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord | None = None,
-        num_rounds: int | None = None,
-        timeout: float | None = None,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
-    ) -> Result:
+    def start(self, grid: Grid, *given: Any, timeout: float | None = None, **more: Any) -> Result:
         """Run to the end and return Flower's view of the result; `run_result` has ours.
 
         Args:
             timeout: as ``reply_timeout``.
-            initial_arrays, num_rounds, train_config, evaluate_config, evaluate_fn: there for
-                Flower's signature; methods start from their own values, and the rest are options.
+            given, more: what else Flower's signature has; methods start from their own values, and
+                the rest are options.
 
         Raises:
             UsageError: options that can't work, or a node that does not agree with them.
         """
-        given = {
-            "initial_arrays": initial_arrays,
-            "num_rounds": num_rounds,
-            "train_config": train_config,
-            "evaluate_config": evaluate_config,
-            "evaluate_fn": evaluate_fn,
-        }
-        if strange := [name for name, value in given.items() if value is not None]:
+        if given or (more := [name for name, value in more.items() if value is not None]):
             raise UsageError(
-                f"start() was given {', '.join(strange)}; fastrank's strategy takes its first "
-                "values from the method and everything else from its options"
+                f"start() was given {', '.join(more) or 'more than a grid'}; fastrank's strategy "
+                "takes its first values from the method and everything else from its options"
             )
-        kind = connected(
-            GridLink(grid, self),
-            start_timeout=self.start_timeout,
-            reply_timeout=timeout or self.reply_timeout,
-        )
+        self.grid = grid
+        wait = timeout or self.reply_timeout
+        kind = connected(self, start_timeout=self.start_timeout, reply_timeout=wait)
         self.summary()
         if self.resume:
             found = kind.resume(self.resume, method=self.method, **self.own)
@@ -125,74 +111,7 @@ class Strategy(FlowerStrategy):
         chosen = ", ".join(f"{k}={v}" for k, v in sorted(self.options.items()))
         _log.info("fastrank: %s", f"going on with {self.resume}" if self.resume else chosen)
 
-    # -- one question to some nodes --------------------------------------------------------------
-    # Flower's hooks, called for each of them; a subclass sees every message in passing
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """The messages that are to be sent now."""
-        return self._outgoing()
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Read replies; what they come to is the method's affair, not told to Flower."""
-        self._take_in(replies)
-        return None, None
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """The messages to clients that judge models of their own."""
-        return self._outgoing()
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Read what they say."""
-        self._take_in(replies)
-        return None
-
-    def _outgoing(self) -> list[Message]:
-        if not self._outbox:
-            raise UsageError(
-                "fastrank's strategy drives its rounds itself: call its start(); a wrapper that "
-                "brings a start() of its own can't"
-            )
-        messages, self._outbox = self._outbox, []
-        return messages
-
-    def _take_in(self, replies: Iterable[Message]) -> None:
-        self._inbox = {reply.metadata.src_node_id: _read(reply) for reply in replies}
-
-    def ask(
-        self, grid: Grid, kind: str, letters: Mapping[int, Letter], round: int, timeout: float
-    ) -> dict[int, Letter | Silence]:
-        """Send a letter to each node and wait for the replies."""
-        self._outbox = [
-            Message(content_of(each), node, kind, ttl=timeout, group_id=str(round))
-            for node, each in letters.items()
-        ]
-        self._inbox = {}
-        empty = ArrayRecord(), ConfigRecord()
-        if kind == MessageType.QUERY:
-            self._take_in(grid.send_and_receive(self._outgoing(), timeout=timeout))
-        elif kind == MessageType.TRAIN:
-            messages = self.configure_train(round + 1, *empty, grid)
-            self.aggregate_train(round + 1, grid.send_and_receive(messages, timeout=timeout))
-        else:
-            messages = self.configure_evaluate(round, *empty, grid)
-            self.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
-        late = Silence(f"no reply within {timeout:g} s")
-        return {node: self._inbox.get(node, late) for node in letters}
-
-
-class GridLink:
-    """A Grid as a `roster.Link`."""
-
-    def __init__(self, grid: Grid, strategy: Strategy) -> None:
-        self.grid, self.strategy = grid, strategy
+    # -- what carries letters (roster.Link) --------------------------------------------------------
 
     def nodes(self) -> set[int]:
         return set(self.grid.get_node_ids())
@@ -200,7 +119,55 @@ class GridLink:
     def ask(
         self, kind: str, letters: Mapping[int, Letter], round: int, timeout: float
     ) -> dict[int, Letter | Silence]:
-        return self.strategy.ask(self.grid, kind, letters, round, timeout)
+        self._messages = [
+            Message(content_of(each), node, kind, ttl=timeout, group_id=str(round))
+            for node, each in letters.items()
+        ]
+        self._heard, nothing = {}, (ArrayRecord(), ConfigRecord(), self.grid)
+        hooks = {
+            MessageType.TRAIN: (self.configure_train, self.aggregate_train),
+            MessageType.EVALUATE: (self.configure_evaluate, self.aggregate_evaluate),
+        }
+        if kind in hooks:
+            configure, aggregate = hooks[kind]
+            messages = configure(round + 1, *nothing)
+            aggregate(round + 1, self.grid.send_and_receive(messages, timeout=timeout))
+        else:
+            self._hear(self.grid.send_and_receive(self._messages, timeout=timeout))
+        self._messages, late = [], Silence(f"no reply within {timeout:g} s")
+        return {node: self._heard.get(node, late) for node in letters}
+
+    def _hear(self, replies: Iterable[Message]) -> None:
+        self._heard = {reply.metadata.src_node_id: _read(reply) for reply in replies}
+
+    # -- Flower's hooks: a subclass sees every message of rounds in passing ------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The messages that are to be sent now."""
+        if not self._messages:
+            raise UsageError(
+                "fastrank's strategy drives its rounds itself: call its start(); a wrapper that "
+                "brings a start() of its own can't"
+            )
+        return self._messages
+
+    configure_evaluate = configure_train  # to clients that judge models of their own
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Read replies; what they come to is the method's affair, not told to Flower."""
+        self._hear(replies)
+        return None, None
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Read what they say."""
+        self._hear(replies)
+        return None
 
 
 def _read(reply: Message) -> Letter | Silence:
@@ -217,20 +184,13 @@ def _read(reply: Message) -> Letter | Silence:
 def _result(found: RunResult) -> Result:
     """The run as Flower's own strategies report theirs."""
     model = found.model
-    names = model.lora_names() + model.head_names()
-    if model.report is None:
-        names = model.base_names() + model.head_names()
-    result = Result(arrays=ArrayRecord(model.read(names)))
+    names = model.base_names() if model.report is None else model.lora_names()
+    result = Result(arrays=ArrayRecord(model.read(names + model.head_names())))
+    trained = ("train_loss", "clients", "dropped", "bytes_up", "bytes_down")
     for row in found.rows:
-        trained = {
-            k: row[k] for k in ("train_loss", "clients", "dropped", "bytes_up", "bytes_down")
-        }
-        judged = {"loss": row["eval_loss"], "accuracy": row["accuracy"]}
-        result.train_metrics_clientapp[row["round"]] = _metrics(trained)
+        told = {key.replace("_", "-"): row[key] for key in trained if row[key] is not None}
+        result.train_metrics_clientapp[row["round"]] = MetricRecord(told)
         if row["accuracy"] is not None:
-            result.evaluate_metrics_serverapp[row["round"]] = _metrics(judged)
+            judged = {"loss": row["eval_loss"], "accuracy": row["accuracy"]}
+            result.evaluate_metrics_serverapp[row["round"]] = MetricRecord(judged)
     return result
-
-
-def _metrics(values: Mapping[str, Any]) -> MetricRecord:
-    return MetricRecord({k.replace("_", "-"): v for k, v in values.items() if v is not None})

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CATCH_UP = ("charge", "ignore")
 _CHANGE, _UPDATE = "change/", "update/"
+PUBLIC = (_CHANGE,)  # of the server's tensors: what clients form the round's base from
 
 
 def with_changes(state: ServerState, shapes: Mapping[str, tuple[int, int]]) -> ServerState:
@@ -136,6 +137,19 @@ def applied(base: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[
             B, A = factors[f"{module}/B"].float(), factors[f"{module}/A"].float()
             found[module] = torch.addmm(change, B, A)
     return found
+
+
+def replayed(
+    known: Mapping[str, Tensor], received: Mapping[str, Tensor], since: int
+) -> dict[str, Tensor]:
+    """The server's change of the base, from the one before round ``since`` and from downlinks."""
+    new = {
+        name: value
+        for name, value in received.items()
+        if name.startswith(_UPDATE) and int(name.split("/")[1]) >= since
+    }
+    found = applied(_under(_CHANGE, known), new) if new else {}
+    return {_CHANGE + module: value for module, value in found.items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

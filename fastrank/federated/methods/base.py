@@ -162,6 +162,8 @@ class Method(ABC):
     )  # fmt: skip
     sends_products: ClassVar[bool] = False
     private_mean: ClassVar[bool] = True
+    # beginnings of names in `state.server` that clients build their model from, and may be told
+    public_server: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self.check("weighting", self.weighting, self.weightings)
@@ -326,6 +328,33 @@ class Method(ABC):
     def uplink(self, result: LocalResult) -> tuple[Payload, Any]:
         """What the client sends, and what it keeps for its next turn (None: nothing)."""
         return self.pack(result.tensors, result.round), None
+
+    # -- clients in other processes --------------------------------------------------------------
+    # `arrange` and `local` are handed the server's state. Where that is elsewhere (flower), it is
+    # put together from the first values, the payloads, and what these say of it
+
+    def public_extra(self, extra: Mapping[str, Any], clients: Sequence[int]) -> dict[str, Any]:
+        """What these clients have to know of ``state.extra``; all of it by default."""
+        return dict(extra)
+
+    def replay(
+        self,
+        known: Mapping[str, Tensor],
+        received: Mapping[str, Tensor],
+        since: int,
+        extra: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """``public_server`` tensors that follow from older ones and from downlinks.
+
+        A value that is not given here, or is not the server's, has to be asked for: bytes, no harm.
+
+        Args:
+            known: the server's tensors as they were before round ``since``.
+            received: all tensors that the present downlinks hold, of clients that have missed
+                different rounds, perhaps some before ``since``.
+            extra: the server's present ``public_extra``.
+        """
+        return {}
 
     def pack(self, tensors: Mapping[str, Tensor], round: int) -> Payload:
         dtype = WIRE_DTYPES[self.wire_dtype]

@@ -17,7 +17,7 @@ Recorded: agg_noise, zero by construction, and residual, what FedIT's would have
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -54,6 +54,7 @@ class FedExLoRA(FedIT):
     name: ClassVar[str] = "fedex-lora"
     aggregations: ClassVar[tuple[str, ...]] = ("mean", "krum", "multi-krum")
     private_mean: ClassVar[bool] = False
+    public_server: ClassVar[tuple[str, ...]] = base_change.PUBLIC
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,3 +100,15 @@ class FedExLoRA(FedIT):
 
     def without_adapters(self, state: ServerState) -> dict[str, Tensor]:
         return base_change.without(state.tensors)
+
+    def public_extra(self, extra: Mapping[str, Any], clients: Sequence[int]) -> dict[str, Any]:
+        return {}  # who took part when is what downlinks are made from
+
+    def replay(
+        self,
+        known: Mapping[str, Tensor],
+        received: Mapping[str, Tensor],
+        since: int,
+        extra: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        return base_change.replayed(known, received, since)

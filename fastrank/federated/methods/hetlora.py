@@ -24,7 +24,7 @@ what truncation left out; the clients' mean rank and how many pruned.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -174,6 +174,10 @@ class HetLoRA(MixedRanks):
             return self.lam * tail_product(own, self.gamma)
 
         return replace(plan, penalty=penalty)
+
+    def public_extra(self, extra: Mapping[str, Any], clients: Sequence[int]) -> dict[str, Any]:
+        pruned = extra.get("ranks", {})
+        return {**extra, "ranks": {str(c): pruned[str(c)] for c in clients if str(c) in pruned}}
 
 
 def tail_start(rank: int, gamma: float) -> int:

@@ -101,6 +101,7 @@ class SAFedLoRA(FedAvg):
 
     name: ClassVar[str] = "sa-fedlora"
     sends_products: ClassVar[bool] = True
+    public_server: ClassVar[tuple[str, ...]] = (_BASE,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,20 +325,45 @@ class SAFedLoRA(FedAvg):
         """s B A in the base, and new seeded adapters with B = 0."""
         wire = WIRE_DTYPES[self.wire_dtype]
         tensors, server = dict(state.tensors), dict(state.server)
-        turned = set(state.extra["turned"])
         for index, (module, (B, A)) in enumerate(sorted(pair_names(state.tensors).items())):
             # clients form the new base from what crosses the wire
             b, a = (tensors[name].to(wire).float() for name in (B, A))
             server[f"{_MERGED}{round}/{B}"], server[f"{_MERGED}{round}/{A}"] = b, a
             plain = f"{_stages.unwrapped(module)}.weight"
-            added = self.lora.scale * (b @ a)
-            new = server[_BASE + plain] + (added.t() if plain in turned else added)
-            server[_BASE + plain] = new.to(wire).float()
+            server[_BASE + plain] = self._with(server[_BASE + plain], b, a, plain, state.extra)
             tensors[A] = _stages.seeded_A((rank, a.shape[1]), self.run.seed, index, round + 1)
             tensors[B] = torch.zeros(b.shape[0], rank)
         merges = [*state.extra["merges"], round]
         extra = {**state.extra, "merges": merges, "fresh": True}
         return replace(state, tensors=tensors, server=server, extra=extra)
+
+    def _with(
+        self, weight: Tensor, B: Tensor, A: Tensor, plain: str, extra: Mapping[str, Any]
+    ) -> Tensor:
+        """A weight of the base with s B A in it, as it would cross the wire."""
+        added = self.lora.scale * (B.float() @ A.float())
+        new = weight + (added.t() if plain in extra["turned"] else added)
+        return new.to(WIRE_DTYPES[self.wire_dtype]).float()
+
+    def replay(
+        self,
+        known: Mapping[str, Tensor],
+        received: Mapping[str, Tensor],
+        since: int,
+        extra: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """The base after the merges from round ``since`` on."""
+        base = {n: v for n, v in known.items() if n.startswith(_BASE)}
+        merged = {n: v for n, v in received.items() if n.startswith(_MERGED)}
+        for m in sorted({int(name.split("/")[1]) for name in merged}):
+            start = f"{_MERGED}{m}/"
+            names = pair_names(n.removeprefix(start) for n in merged if n.startswith(start))
+            for module, (B, A) in names.items() if m >= since else ():
+                plain = f"{_stages.unwrapped(module)}.weight"
+                if (weight := base.get(_BASE + plain)) is not None:
+                    parts = merged[start + B], merged[start + A]
+                    base[_BASE + plain] = self._with(weight, *parts, plain, extra)
+        return base
 
     def scale_for(self, state: ServerState, client: int) -> float:
         return self.lora.scale

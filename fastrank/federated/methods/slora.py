@@ -76,6 +76,7 @@ class SLoRA(FedIT):
 
     name: ClassVar[str] = "slora"
     default_learning_rate: ClassVar[float] = SFT.default_learning_rate
+    public_server: ClassVar[tuple[str, ...]] = (_DELTA, _START)
 
     def __post_init__(self) -> None:
         super().__post_init__()
