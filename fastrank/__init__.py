@@ -4,9 +4,7 @@ Importing this package is silent, asks no device anything and loads neither PEFT
 each public name is loaded when it is first used.
 """
 
-import importlib
-from typing import Any
-
+from fastrank._lazy import lazy
 from fastrank._version import __version__
 
 # public name -> module that defines it
@@ -22,6 +20,7 @@ _LAZY = {
     "Simulation": "fastrank.federated.simulation",
 }
 
+__getattr__, __dir__ = lazy(globals(), _LAZY)
 __all__ = [
     "LowRankLinear",
     "PatchReport",
@@ -34,15 +33,3 @@ __all__ = [
     "unpatch",
     "unsparsify",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fastrank' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])

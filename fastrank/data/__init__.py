@@ -4,8 +4,7 @@ Importing this package loads none of torch, transformers, datasets and pyarrow; 
 loaded when it is first used.
 """
 
-import importlib
-from typing import Any
+from fastrank._lazy import lazy
 
 # public name -> module that defines it
 _LAZY = {
@@ -25,16 +24,5 @@ _LAZY = {
     "select": "fastrank.data.rows",
 }
 
+__getattr__, __dir__ = lazy(globals(), _LAZY)
 __all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fastrank.data' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])

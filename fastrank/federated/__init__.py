@@ -4,8 +4,7 @@ from fastrank.federated import Simulation
 result = Simulation(method="fedit", num_clients=20, num_rounds=10).run()
 """
 
-import importlib
-from typing import Any
+from fastrank._lazy import lazy
 
 _LAZY = {
     "Callback": "fastrank.federated.callbacks",
@@ -18,12 +17,5 @@ _LAZY = {
     "Simulation": "fastrank.federated.simulation",
 }
 
+__getattr__, __dir__ = lazy(globals(), _LAZY)
 __all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fastrank.federated' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value

@@ -81,7 +81,7 @@ class Attack:
         if config.attack == "none":
             return None
         attack = cls(config.attack, config.attackers, num_clients, config.seed, config.attack_scale)
-        if not attack.attackers:
+        if not attack._hostile.any():
             raise UsageError(
                 f"attackers {config.attackers} of {num_clients} clients is none; give at least "
                 f"{1 / num_clients:.3g}"
@@ -89,14 +89,21 @@ class Attack:
         return attack
 
     @functools.cached_property
-    def attackers(self) -> frozenset[int]:
-        """round(fraction * num_clients) clients, drawn by the seed alone."""
+    def _hostile(self) -> np.ndarray:
+        """Does this client attack? bool `[num_clients]`: a megabyte for a million."""
         count = round(self.fraction * self.num_clients)
         rng = np.random.default_rng(derive_seed("attackers", self.seed))
-        return frozenset(rng.permutation(self.num_clients)[:count].tolist())
+        hostile = np.zeros(self.num_clients, dtype=bool)
+        hostile[rng.permutation(self.num_clients)[:count]] = True
+        return hostile
+
+    @property
+    def attackers(self) -> frozenset[int]:
+        """round(fraction * num_clients) clients, drawn by the seed alone."""
+        return frozenset(np.flatnonzero(self._hostile).tolist())
 
     def by(self, client: int) -> bool:
-        return client in self.attackers
+        return bool(self._hostile[client])
 
     def __call__(
         self, payload: Payload, start: Mapping[str, Tensor], client: int, round: int

@@ -1,12 +1,22 @@
-"""Columns of labels and of natural ids, as the partitions need them."""
+"""What every partition begins and ends with: checked columns, counts and seeds; index arrays."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fastrank.errors import UsageError
 
-__all__ = ["check_positive_int", "codes_of", "natural_order", "strings_or_numbers"]
+__all__ = [
+    "as_partition",
+    "check_clients",
+    "check_positive_int",
+    "codes_of",
+    "generator",
+    "label_codes",
+    "natural_order",
+    "strings_or_numbers",
+]
 
 
 def natural_order(groups: Any, num_clients: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -57,3 +67,39 @@ def strings_or_numbers(values: Any, what: str) -> np.ndarray:
 def check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise UsageError(f"{name} is {value!r}; give a whole number of at least 1")
+
+
+def label_codes(labels: Any, partition: str) -> tuple[np.ndarray, np.ndarray]:
+    """`codes_of` the labels that a partition of this name needs."""
+    if labels is None:
+        raise UsageError(
+            f"partition {partition!r} needs one label per example and this task has none "
+            "(causal language modelling, for one); choose --partition iid, or natural with a group "
+            "column"
+        )
+    return codes_of(labels, "labels")
+
+
+def check_clients(num_clients: int, num_examples: int) -> None:
+    """Refuse no clients, and more of them than examples."""
+    check_positive_int("num_clients", num_clients)
+    if num_clients > num_examples:
+        raise UsageError(
+            f"num_clients is {num_clients}, but there are only {num_examples} training examples; "
+            f"lower num_clients to at most {num_examples}, or choose --partition sampled, whose "
+            "clients share examples"
+        )
+
+
+def generator(seed: int) -> np.random.Generator:
+    """The one that all of a partition is drawn from."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise UsageError(f"seed is {seed!r}; give a whole number of at least 0")
+    return np.random.default_rng(seed)
+
+
+def as_partition(parts: Sequence[Any]) -> list[np.ndarray]:
+    """int64 arrays, none of them empty."""
+    arrays = [np.asarray(part, dtype=np.int64) for part in parts]
+    assert all(len(array) for array in arrays)  # each function has refused its empty clients
+    return arrays

@@ -1,14 +1,19 @@
-"""What goes with a model: its class, its tokenizer or image processor, its task head."""
+"""What goes with a model: class, configuration, tokenizer or image processor, task head."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fastrank.errors import UsageError
+from fastrank.federated.quiet import quiet
+
+if TYPE_CHECKING:
+    from fastrank.data import TextData
 
 _AUTO = {
     "seq-cls": "AutoModelForSequenceClassification",
@@ -34,6 +39,44 @@ def auto_class(task: str) -> Any:
 def purpose(task: str) -> str:
     """A task in words."""
     return _PURPOSE[task]
+
+
+def load_parts(name: str, task: str) -> tuple[str, Any, Any]:
+    """Where a model lies, its configuration, and its tokenizer or image processor.
+
+    Args:
+        name: "embedded", a local folder or a hub name.
+
+    Raises:
+        UsageError: they can't be found or read, or don't go with the task.
+    """
+    import transformers
+
+    from fastrank.data import encoder_path
+
+    path = str(encoder_path()) if name == "embedded" else name
+    if (
+        name != "embedded"
+        and not os.path.isdir(path)
+        and (path.startswith((".", "/", "~")) or path.count("/") > 1)
+    ):
+        raise UsageError(
+            f"model: no folder {path!r}; give a local folder, a hub name or 'embedded'"
+        )
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            check_input(name, config, task)
+            return path, config, load_reader(path, task)
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"model {name!r} could not be loaded ({reason}); give a local folder with config.json, "
+            f"{'image processor' if task == 'image-cls' else 'tokenizer'} and weights, a hub "
+            "name that this machine can reach, or 'embedded'"
+        ) from error
 
 
 def check_input(name: str, config: Any, task: str) -> None:
@@ -80,6 +123,21 @@ def load_reader(path: str, task: str) -> Any:
     known = find_spec("transformers.image_processing_backends") is not None
     how = {"backend": "pil"} if known else {"use_fast": False}  # before transformers 5
     return transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=False, **how)
+
+
+def name_labels(config: Any, data: TextData, reader: Any) -> bool:
+    """Give a configuration the data's label names, and padding; whether that changed it."""
+    if not data.label_names:
+        return False
+    changes: dict[str, Any] = {}
+    labels = dict(enumerate(data.label_names))
+    if config.id2label != labels:
+        changes = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+    if data.task == "seq-cls" and config.pad_token_id is None:
+        changes["pad_token_id"] = reader.pad_token_id
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return bool(changes)
 
 
 def head_modules(model: nn.Module, task: str, new: Iterable[str]) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ parameters.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +19,10 @@ from fastrank.errors import UsageError
 from fastrank.federated.cohort import derive_seed
 from fastrank.federated.loading import (
     auto_class,
-    check_input,
     check_shapes,
     head_modules,
-    load_reader,
+    load_parts,
+    name_labels,
     purpose,
 )
 from fastrank.federated.passes import tokens_of
@@ -343,49 +342,14 @@ def load_resident(
     Raises:
         UsageError: the model can't be found or read, or doesn't fit the task.
     """
-    import transformers
-
-    from fastrank.data import encoder_path
-
-    path = str(encoder_path()) if name == "embedded" else name
-    if (
-        name != "embedded"
-        and not os.path.isdir(path)
-        and (path.startswith((".", "/", "~")) or path.count("/") > 1)
-    ):
-        raise UsageError(
-            f"model: no folder {path!r}; give a local folder, a hub name or 'embedded'"
-        )
     auto = auto_class(data.task)
-    overrides: dict[str, Any] = {}
-    try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-            check_input(name, config, data.task)
-            reader = load_reader(path, data.task)
-    except UsageError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"model {name!r} could not be loaded ({reason}); give a local folder with config.json, "
-            f"{'image processor' if data.task == 'image-cls' else 'tokenizer'} and weights, a hub "
-            "name that this machine can reach, or 'embedded'"
-        ) from error
+    path, config, reader = load_parts(name, data.task)
     positions = getattr(config, "max_position_embeddings", None) or max_length
     if data.task != "image-cls" and max_length > positions:
         raise UsageError(
             f"max_length is {max_length} but model {name!r} has {positions} positions; lower it"
         )
-    if data.label_names:
-        labels = dict(enumerate(data.label_names))
-        if config.id2label != labels:
-            overrides = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-            for key, value in overrides.items():
-                setattr(config, key, value)
-        if data.task == "seq-cls" and config.pad_token_id is None:
-            config.pad_token_id = reader.pad_token_id
-            overrides["pad_token_id"] = reader.pad_token_id
+    changed = name_labels(config, data, reader)
     try:
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(derive_seed("init", seed))  # the head's first values
@@ -407,4 +371,4 @@ def load_resident(
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     head = head_modules(model, data.task, [*info["missing_keys"], *mismatched])
     check_shapes(name, model, head, mismatched)
-    return ResidentModel(model, reader, data.task, head, device, base_changed=bool(overrides))
+    return ResidentModel(model, reader, data.task, head, device, base_changed=changed)

@@ -13,17 +13,19 @@ Only `numpy.random.default_rng(seed)` is drawn from, never a global generator.
 """
 
 import logging
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fastrank.errors import UsageError
+from fastrank.federated.dirichlet import dirichlet_partition
 from fastrank.federated.foreign_partition import partition_by_object
 from fastrank.federated.grouping import (
+    as_partition,
+    check_clients,
     check_positive_int,
-    codes_of,
+    generator,
+    label_codes,
     natural_order,
     strings_or_numbers,
 )
@@ -42,9 +44,7 @@ __all__ = [
 PARTITIONS = (
     "iid", "dirichlet", "pathological", "shard", "natural", "sampled", "sampled-dirichlet",
 )  # fmt: skip
-DIALECTS = ("flower", "inner")
 ASSIGNMENT_MODES = ("random", "first-deterministic", "deterministic")
-MAX_DRAWS = 11  # flwr-datasets gives up after ten repetitions
 
 logger = logging.getLogger("fastrank")
 
@@ -57,58 +57,9 @@ def iid_partition(num_examples: int, num_clients: int, seed: int) -> list[np.nda
     Raises:
         UsageError: no client, or more clients than examples.
     """
-    _check_clients(num_clients, num_examples)
-    order = _generator(seed).permutation(num_examples)
-    return _finish(np.array_split(order, num_clients))
-
-
-def dirichlet_partition(
-    labels: Any,
-    num_clients: int,
-    alpha: float,
-    seed: int,
-    min_size: int = 10,
-    balance: bool = False,
-    dialect: str = "flower",
-) -> list[np.ndarray]:
-    """Label skew by Dirichlet(alpha): small alpha, few classes per client.
-
-    Args:
-        labels: one int, bool or str label per example, `[n]`.
-        alpha: concentration, > 0.
-        min_size: every client gets at least this many examples.
-        balance: `flower` only: a client that already holds more than n / num_clients examples gets
-            nothing of the classes that follow (Flower's `self_balancing`, FederatedScope's `lda`,
-            and with `min_size=40` the split of FedIT's code up to ties).
-        dialect: `flower`: per class, shares over clients; sizes differ. `inner`: per client, shares
-            over classes; sizes fixed and equal up to one (Reddi et al. 2021, appendix C.1), and
-            a client whose classes are used up draws from whatever is left.
-
-    With `flower` the lists are those of flwr-datasets' `DirichletPartitioner(shuffle=True)`.
-
-    Raises:
-        UsageError: invalid arguments, or `min_size` not met after 11 draws.
-    """
-    codes, counts = _label_codes(labels, "dirichlet")
-    _check_clients(num_clients, len(codes))
-    check_positive_int("min_partition_size", min_size)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise UsageError(f"alpha is {alpha!r}; give a number greater than 0")
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise UsageError(f"alpha is {alpha}; give a finite number greater than 0, such as 0.5")
-    if num_clients * min_size > len(codes):
-        raise UsageError(
-            f"{num_clients} clients with at least {min_size} examples each need "
-            f"{num_clients * min_size}, but there are {len(codes)}; "
-            "lower num_clients or min_partition_size"
-        )
-    if dialect == "flower":
-        return _outer_dirichlet(codes, counts, num_clients, alpha, seed, min_size, balance)
-    if dialect == "inner":
-        if balance:
-            raise UsageError("balance=True belongs to dialect 'flower'; 'inner' has equal sizes")
-        return _inner_dirichlet(codes, counts, num_clients, alpha, seed)
-    raise UsageError(f"unknown Dirichlet dialect {dialect!r}; choose one of {', '.join(DIALECTS)}")
+    check_clients(num_clients, num_examples)
+    order = generator(seed).permutation(num_examples)
+    return as_partition(np.array_split(order, num_clients))
 
 
 def pathological_partition(
@@ -132,15 +83,15 @@ def pathological_partition(
     Raises:
         UsageError: invalid arguments, or a class with fewer examples than clients that hold it.
     """
-    codes, counts = _label_codes(labels, "pathological")
-    _check_clients(num_clients, len(codes))
+    codes, counts = label_codes(labels, "pathological")
+    check_clients(num_clients, len(codes))
     check_positive_int("classes_per_client", classes_per_client)
     if classes_per_client > len(counts):
         raise UsageError(
             f"classes_per_client is {classes_per_client}, but the labels have {len(counts)} "
             f"classes; lower it to at most {len(counts)}"
         )
-    rng = _generator(seed)
+    rng = generator(seed)
     held = _assign_classes(rng, num_clients, len(counts), classes_per_client, class_assignment_mode)
     parts: list[list[int]] = [[] for _ in range(num_clients)]
     names = np.unique(np.asarray(labels))
@@ -166,7 +117,7 @@ def pathological_partition(
             parts[client].extend(share.tolist())
     for part in parts:
         rng.shuffle(part)
-    return _finish(parts)
+    return as_partition(parts)
 
 
 def shard_partition(
@@ -194,9 +145,9 @@ def shard_partition(
     Raises:
         UsageError: invalid arguments, or fewer shards than the clients need.
     """
-    codes, _ = _label_codes(labels, "shard")
+    codes, _ = label_codes(labels, "shard")
     num_examples = len(codes)
-    _check_clients(num_clients, num_examples)
+    check_clients(num_clients, num_examples)
     if shards_per_client is None and shard_size is None:
         raise UsageError("partition 'shard' needs shards_per_client or shard_size; give one")
     whole_only = not keep_incomplete_shard
@@ -226,7 +177,7 @@ def shard_partition(
     per_client = np.full(num_clients, wanted // num_clients)
     per_client[: wanted % num_clients] += 1
 
-    rng = _generator(seed)
+    rng = generator(seed)
     by_label = np.argsort(codes, kind="stable")
     dealt = np.split(rng.permutation(usable)[:wanted], np.cumsum(per_client)[:-1])
     parts = []
@@ -234,7 +185,7 @@ def shard_partition(
         rows = [row for s in shards for row in by_label[s * shard_size : (s + 1) * shard_size]]
         rng.shuffle(rows)
         parts.append(rows)
-    return _finish(parts)
+    return as_partition(parts)
 
 
 def natural_partition(groups: Any, num_clients: int | None = None) -> list[np.ndarray]:
@@ -250,7 +201,7 @@ def natural_partition(groups: Any, num_clients: int | None = None) -> list[np.nd
         UsageError: no groups, or fewer groups than clients.
     """
     order, offsets = natural_order(groups, num_clients)
-    return _finish(np.split(order, offsets[1:-1]))
+    return as_partition(np.split(order, offsets[1:-1]))
 
 
 def make_partition(
@@ -317,7 +268,7 @@ def make_partition(
     if name.startswith("sampled"):
         skewed = name == "sampled-dirichlet"
         if skewed:
-            _label_codes(labels, name)
+            label_codes(labels, name)
         return SampledPopulation(
             num_examples,
             num_clients,
@@ -350,75 +301,6 @@ def _fitting(people: Population, num_examples: int, num_clients: int | None) -> 
     return people
 
 
-def _outer_dirichlet(
-    codes: np.ndarray,
-    counts: np.ndarray,
-    num_clients: int,
-    alpha: float,
-    seed: int,
-    min_size: int,
-    balance: bool,
-) -> list[np.ndarray]:
-    """Per class, shares over clients; everything is redrawn while a client is too small."""
-    rng = _generator(seed)
-    rows_of = [np.flatnonzero(codes == label) for label in range(len(counts))]
-    concentration = np.full(num_clients, float(alpha))
-    smallest = 0
-    for _ in range(MAX_DRAWS):
-        parts: list[list[int]] = [[] for _ in range(num_clients)]
-        for rows in rows_of:
-            shares = rng.dirichlet(concentration)
-            if not abs(shares.sum() - 1.0) < 1e-6:
-                raise UsageError(f"alpha is {alpha}, too large to draw shares from; lower it")
-            if balance:
-                full = np.array([len(part) for part in parts]) > len(codes) / num_clients
-                shares[full] = 0.0
-                # tiny alpha: all the mass may sit on full clients, and 0 / 0 would follow
-                shares = shares / sum(shares) if shares.any() else (~full) / (~full).sum()
-            cuts = (np.cumsum(shares) * len(rows)).astype(int)[:-1]
-            for part, piece in zip(parts, np.split(rows, cuts), strict=True):
-                part.extend(piece.tolist())
-        drawn = min(len(part) for part in parts)
-        if drawn >= min_size:
-            for part in parts:
-                rng.shuffle(part)
-            return _finish(parts)
-        smallest = max(smallest, drawn)
-    raise UsageError(
-        f"Dirichlet split with alpha={alpha} over {num_clients} clients: in {MAX_DRAWS} draws the "
-        f"smallest client never got more than {smallest} of {len(codes)} examples, and "
-        f"min_partition_size is {min_size}; raise alpha, or lower num_clients or min_partition_size"
-    )
-
-
-def _inner_dirichlet(
-    codes: np.ndarray, counts: np.ndarray, num_clients: int, alpha: float, seed: int
-) -> list[np.ndarray]:
-    """Per client, shares over classes; clients take one example at a time, in mixed turns."""
-    rng = _generator(seed)
-    num_examples, num_classes = len(codes), len(counts)
-    priors = rng.dirichlet(np.full(num_classes, float(alpha)), size=num_clients)
-    if not np.allclose(priors.sum(axis=1), 1.0):
-        raise UsageError(f"alpha is {alpha}, too large to draw shares from; lower it")
-    pools = [rng.permutation(np.flatnonzero(codes == k)).tolist() for k in range(num_classes)]
-    sizes = [len(share) for share in np.array_split(np.arange(num_examples), num_clients)]
-    turns = rng.permutation(np.repeat(np.arange(num_clients), sizes))
-    draws = rng.random(num_examples)
-    cumulative = np.cumsum(priors, axis=1)
-    parts: list[list[int]] = [[] for _ in range(num_clients)]
-    for client, draw in zip(turns.tolist(), draws.tolist(), strict=True):
-        row = cumulative[client]
-        label = int(np.searchsorted(row, draw * row[-1], side="right"))
-        parts[client].append(pools[label].pop())
-        if not pools[label] and any(pools):
-            priors[:, label] = 0.0
-            # a client all of whose classes are used up draws from what is left, by its amount
-            left = np.array([len(pool) for pool in pools], dtype=float)
-            priors[~priors.any(axis=1)] = left / left.sum()
-            cumulative = np.cumsum(priors, axis=1)
-    return _finish(parts)
-
-
 def _assign_classes(
     rng: np.random.Generator, num_clients: int, num_classes: int, per_client: int, mode: str
 ) -> list[set[int]]:
@@ -439,35 +321,3 @@ def _assign_classes(
     raise UsageError(
         f"unknown class_assignment_mode {mode!r}; choose one of {', '.join(ASSIGNMENT_MODES)}"
     )
-
-
-def _label_codes(labels: Any, partition: str) -> tuple[np.ndarray, np.ndarray]:
-    if labels is None:
-        raise UsageError(
-            f"partition {partition!r} needs one label per example and this task has none "
-            "(causal language modelling, for one); choose --partition iid, or natural with a group "
-            "column"
-        )
-    return codes_of(labels, "labels")
-
-
-def _check_clients(num_clients: int, num_examples: int) -> None:
-    check_positive_int("num_clients", num_clients)
-    if num_clients > num_examples:
-        raise UsageError(
-            f"num_clients is {num_clients}, but there are only {num_examples} training examples; "
-            f"lower num_clients to at most {num_examples}, or choose --partition sampled, whose "
-            "clients share examples"
-        )
-
-
-def _generator(seed: int) -> np.random.Generator:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise UsageError(f"seed is {seed!r}; give a whole number of at least 0")
-    return np.random.default_rng(seed)
-
-
-def _finish(parts: Sequence[Any]) -> list[np.ndarray]:
-    arrays = [np.asarray(part, dtype=np.int64) for part in parts]
-    assert all(len(array) for array in arrays)  # each function has refused its empty clients
-    return arrays

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,18 +30,16 @@ from fastrank.federated.conditions import Conditions
 from fastrank.federated.config import Config, resolve
 from fastrank.federated.generation import with_prompts
 from fastrank.federated.ledger import Ledger, Meter
-from fastrank.federated.local import LocalOptions, evaluate, evaluate_in_turn
+from fastrank.federated.local import evaluate, evaluate_in_turn
 from fastrank.federated.methods.base import Method, Run, ServerState, Update, mean_of
 from fastrank.federated.model import ResidentModel, load_resident
 from fastrank.federated.parallel import make_executor
-from fastrank.federated.partition import make_partition
+from fastrank.federated.preparing import load, local_options, split
 from fastrank.federated.reporting import make_reporters
 from fastrank.federated.storage import storing
 from fastrank.federated.world import join
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from fastrank.data import TextData
 
 
@@ -57,6 +55,12 @@ class RunResult:
 
 class Simulation:
     """Federated fine-tuning of one transformers model by one method.
+
+        >>> simulation = fastrank.Simulation(method="fedara", num_clients=100, alpha=0.1)
+        >>> simulation.config.clients_per_round, simulation.method.name
+        (4, 'fedara')
+
+    ``simulation.run()`` loads data and model, trains, and returns a ``RunResult``.
 
     Args:
         config: a ``Config``; or leave it out and give its fields, and the method's, as keywords.
@@ -110,7 +114,8 @@ class Simulation:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         if self.data is None:
-            self.data = self._load_data()
+            self._tell("on_stage", f"loading data: {config.dataset}")
+            self.data = load(config, lambda *progress: self._tell("on_progress", *progress))
         self._tell("on_stage", f"loading model: {config.model}")
         self.model = load_resident(
             config.model,
@@ -134,9 +139,9 @@ class Simulation:
                 max_new_tokens=config.max_new_tokens,
                 num_beams=config.generation_num_beams,
             )
-        self.partition = self._split()
+        self.config, self.partition = split(config, self.data.train, self.train, self._partition)
         run = Run(config.num_rounds, len(self.partition), config.clients_per_round, config.seed)
-        options = self._local_options()
+        options = local_options(config)
         self.conditions = Conditions(config, self.partition, options)
         self.method = dataclasses.replace(self.method.in_run(run), rule=self.conditions.rule)
         state = self.method.init(self.model, config.seed)
@@ -151,85 +156,6 @@ class Simulation:
             config.clients_per_round,
         )
         return state
-
-    def _local_options(self) -> LocalOptions:
-        config = self.config
-        return LocalOptions(
-            seed=config.seed,
-            batch_size=config.per_device_train_batch_size,
-            epochs=config.local_epochs,
-            max_steps=config.local_steps,
-            group_by_length=config.group_by_length,
-            optimizer=config.optimizer,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            lr_scheduler_type=config.lr_scheduler_type,
-            warmup_ratio=config.warmup_ratio,
-            base_dropout=config.base_dropout,
-        )
-
-    def _load_data(self) -> TextData:
-        from fastrank.data import load_data
-
-        config = self.config
-        self._tell("on_stage", f"loading data: {config.dataset}")
-        return load_data(
-            config.dataset,
-            task=config.task,
-            text_column=config.text_column,
-            label_column=config.label_column,
-            prompt_column=config.prompt_column,
-            response_column=config.response_column,
-            messages_column=config.messages_column,
-            image_column=config.image_column,
-            group_column=config.group_column,
-            test_dataset=config.test_dataset,
-            test_fraction=config.test_fraction,
-            split=config.split,
-            max_examples=config.max_examples,
-            seed=config.seed,
-            progress=lambda *progress: self._tell("on_progress", *progress),
-        )
-
-    def _split(self) -> Sequence[np.ndarray]:
-        """Positions of each client's examples in the encoded training set."""
-        from fastrank.data import select
-
-        # a dialogue that lost its whole response to max_length is not there to be trained on
-        train = select(self.data.train, self.train.kept)
-        chosen = self._partition
-        if chosen is None:
-            default = "iid" if train.labels is None else "dirichlet"
-            self.config = dataclasses.replace(
-                self.config, partition=self.config.partition or default
-            )
-            chosen = self.config.partition
-        config = self.config
-        partition = make_partition(
-            chosen,
-            labels=train.labels,
-            groups=train.groups,
-            num_examples=len(train.examples),
-            num_clients=config.num_clients,
-            seed=config.seed,
-            alpha=config.alpha,
-            min_partition_size=config.min_partition_size,
-            dialect=config.dialect,
-            balance=config.balance,
-            classes_per_client=config.classes_per_client,
-            class_assignment_mode=config.class_assignment_mode,
-            shards_per_client=config.shards_per_client,
-            shard_size=config.shard_size,
-            keep_incomplete_shard=config.keep_incomplete_shard,
-            examples_per_client=config.examples_per_client,
-            partition_index=config.partition_index,
-        )
-        if len(partition) < config.clients_per_round:
-            raise UsageError(
-                f"clients_per_round is {config.clients_per_round} but the partition gives "
-                f"{len(partition)} clients; lower clients_per_round"
-            )
-        return partition
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides the run's bits, as config.json holds it (after ``prepare``)."""

@@ -1,7 +1,11 @@
 """Nodes in this process: letters are written out and read back, and nothing else is shared."""
 
+import csv
+import json
+from functools import partial
 from pathlib import Path
 
+from fastrank.federated.config import resolve
 from fastrank.federated.flower import node as nodes
 from fastrank.federated.flower.letters import Silence, read_letter
 from fastrank.federated.flower.node import Node
@@ -20,19 +24,22 @@ class Loopback:
         forgetful: each letter finds a new process, as under a SuperNode.
     """
 
-    def __init__(self, options, folder: Path, count: int, *, node_options=None, forgetful=False):
+    def __init__(self, options, folder: Path, count: int, *, forgetful=False, data=None, **own):
         self.nodes_ = {}
         for i in range(count):
             where = {"partition-id": i, "num-partitions": count}
-            own = {**options, **(node_options or {}).get(i, {})}
+            mine = data[i] if isinstance(data, list) else data
             self.nodes_[7919 * (count - i) + 13] = Node(
-                own,
-                lambda n, where=where: clients_of(where, n),
-                name=str(i),
-                folder=folder,
+                options, partial(clients_of, where), name=str(i), folder=folder, data=mine, **own
             )
         self.said, self.absent, self.silent = [], set(), {}
         self.forgetful = forgetful
+        self.behave()
+
+    def behave(self):
+        """Carry everything, and change nothing."""
+        self.absent.clear()
+        self.silent.clear()
         self.meddle = lambda kind, round, node, reply: reply
 
     def nodes(self):
@@ -55,15 +62,46 @@ class Loopback:
         return replies
 
 
-def federated(options, folder: Path, count: int = 3, *, callbacks=(), link=None, **link_options):
+def federated(options, folder: Path, count: int = 3, *, link=None, method=None, **link_options):
     """A run over nodes in this process: (result, link)."""
     options = {"executor": "sequential", **options}
+    if method is not None:
+        link_options["method"] = method
     link = link or Loopback(options, folder / "nodes", count, **link_options)
     kind = connected(link, start_timeout=0.0)
-    return kind(callbacks=callbacks, **options, output_dir=str(folder / "remote")).run(), link
+    whole = {**options, "output_dir": str(folder / "remote")}
+    return kind(*resolve(whole, method=method)).run(), link
 
 
-def plain(options, folder: Path, **more):
+def plain(options, folder: Path, *, method=None, **more):
     """The same run in the simulator."""
     options = {"executor": "sequential", **options, "output_dir": str(folder / "plain")}
-    return Simulation(**options, **more).run()
+    return Simulation(*resolve(options, method=method), **more).run()
+
+
+def rows_of(folder):
+    """rounds.csv, without what is measured."""
+    with open(folder / "rounds.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for key in ("seconds", "peak_memory", "energy_j"):
+            del row[key]
+    return rows
+
+
+def assert_same(folder, *, result=True):
+    """Every bit of ledger and result."""
+    a, b = folder / "plain", folder / "remote"
+    assert rows_of(a) == rows_of(b)
+    assert len(rows_of(a)) > 0
+    if result:
+        kind = "adapter" if (a / "adapter").exists() else "model"
+        files = list((a / kind).glob("*.safetensors"))
+        assert files
+        for path in files:
+            assert path.read_bytes() == (b / kind / path.name).read_bytes(), path.name
+
+
+def crossed(folder):
+    """transport.jsonl"""
+    return [json.loads(line) for line in (folder / "remote/transport.jsonl").open()]

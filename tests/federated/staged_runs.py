@@ -1,5 +1,6 @@
 """Whole small runs of one method: repeated, interrupted, compared, judged by what they cost."""
 
+import csv
 import json
 
 import numpy as np
@@ -63,6 +64,12 @@ def recorded(folder):
     """metrics.jsonl, without what no two runs share."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if k not in MEASURED} for x in lines]
+
+
+def rows_of(folder):
+    """rounds.csv, without what no two runs share."""
+    with open(folder / "rounds.csv", newline="") as file:
+        return [{k: v for k, v in x.items() if k not in MEASURED} for x in csv.DictReader(file)]
 
 
 def assert_resumes_everywhere(options, tmp_path):

@@ -8,7 +8,6 @@ Everything listens on loopback alone, and telemetry is off.
 """
 
 import contextlib
-import csv
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from loopback import plain
+from loopback import plain, rows_of
 
 BIN = Path(sys.executable).parent
 APP = Path(__file__).parents[2] / "examples" / "flower_app"
@@ -39,6 +38,7 @@ METHOD_OPTIONS = {
     "hetlora": {"r": 4, "client_ranks": "2,4", "wire_dtype": "bfloat16"},
     "flora": {"r": 4, "client_ranks": "2,4"},
     "fedsa-lora": {"r": 4},
+    "fedit": {"r": 4},
 }
 
 
@@ -95,7 +95,7 @@ def run(tiny_bert, csv_data, tmp_path, monkeypatch):
         start("flower-supernode", "--superlink", f"127.0.0.1:{link}", "--port", str(free_port()),
               "--node-config", config)  # fmt: skip
 
-    def go(method: str, *arguments: str) -> dict:
+    def go(method: str, *arguments: str, **changed: object) -> dict:
         options = {
             "model": str(tiny_bert),
             "dataset": str(csv_data),
@@ -109,6 +109,7 @@ def run(tiny_bert, csv_data, tmp_path, monkeypatch):
             "per_device_train_batch_size": 8,
             "method": method,
             **METHOD_OPTIONS[method],
+            **changed,
         }
         given = {**options, "max_examples": "none", "max_eval_examples": "none"}
         pairs = " ".join(f"{key}={value}" for key, value in given.items())
@@ -135,16 +136,9 @@ def run(tiny_bert, csv_data, tmp_path, monkeypatch):
             os.killpg(process.pid, signal.SIGKILL)  # and what it has started
 
 
-def ledger(folder: Path) -> list[dict[str, str]]:
-    with (folder / "rounds.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory", "energy_j")}
-            for row in rows]  # fmt: skip
-
-
-def assert_same(options: dict, tmp_path: Path, *, result: bool = True) -> None:
-    plain(options, tmp_path)
-    assert ledger(tmp_path / "remote") == ledger(tmp_path / "plain")
+def assert_same(options: dict, tmp_path: Path, *, result: bool = True, **own: object) -> None:
+    plain(options, tmp_path, **own)
+    assert rows_of(tmp_path / "remote") == rows_of(tmp_path / "plain")
     if result:
         name = "adapter/adapter_model.safetensors"
         assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
@@ -166,3 +160,26 @@ def test_on_a_superlink_with_two_supernodes(method, run, tmp_path):
     assert_same(options, tmp_path, result=method != "fedsa-lora")
     assert any((tmp_path / "node0").iterdir())
     assert any((tmp_path / "node1").iterdir())
+
+
+class Halves:
+    """Every other row, as `partition` of the simulator takes it."""
+
+    num_partitions = 2
+
+    def load_partition(self, client):
+        return range(client, 180, 2)
+
+
+def test_silos_on_a_superlink(run, csv_data, tmp_path):
+    header, *lines = (csv_data / "train.csv").read_text().splitlines()
+    run.superlink()
+    for i in range(2):
+        own = tmp_path / f"silo{i}.csv"
+        own.write_text("\n".join([header, *lines[i::2]]) + "\n")
+        run.supernode(f'partition-id={i} num-partitions=2 dataset="{own}"'
+                      f' state-dir="{tmp_path}/node{i}"')  # fmt: skip
+    test = {"test_dataset": str(csv_data / "test.csv"), "num_clients": 2, "clients_per_round": 2}
+    options = run("fedit", dataset="silos:birds,fish,trees", **test)
+    del options["partition"]
+    assert_same({**options, "dataset": str(csv_data)}, tmp_path, partition=Halves())

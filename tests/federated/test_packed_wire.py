@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastrank.federated import packed_wire, wire
+from fastrank.federated import packed_headers, wire
 from fastrank.federated.packed_wire import (
     dump_packed,
     from_payload,
@@ -65,7 +65,7 @@ def test_packed_round_trip(dtype, scheme):
     assert_same(load_packed(data)["x"], one)
 
 
-@pytest.mark.parametrize("dtype", packed_wire._TOPK_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", packed_headers.TOPK_DTYPES, ids=str)
 def test_topk_round_trip(dtype):
     one = topk_pack(dense().to(dtype), 20)
     assert_same(load_packed(dump_packed({"x": one}), expect={"x": SHAPE})["x"], one)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastrank.bench import fuzz_files
 from fastrank.federated import wire
 from fastrank.federated.packed_wire import dump_packed, load_packed
 from fastrank.federated.wire import WireError
@@ -91,28 +92,17 @@ def messages():
 
 
 def damaged(data, rng):
-    """Faults of transport and storage, and headers of hostile lengths; nothing is put right."""
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 3)):
-        i, kind = rng.randrange(max(len(out), 1)), rng.choice([0, 0, 0, 0, 1, 2, 3, 4, 5, 5, 5, 6])
-        if kind == 0 and out:
-            out[i] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del out[i:]
-        elif kind == 2:
-            del out[i : i + rng.randint(1, 40)]
-        elif kind == 3:
-            out[i:i] = rng.randbytes(rng.randint(1, 20))
-        elif kind == 4:
-            out[:8] = rng.choice([0, 8, len(out), 2**31, 2**63, rng.getrandbits(64)]).to_bytes(
-                8, "little"
-            )
-        elif kind == 5:
-            pattern = rng.choice(PATTERNS)
-            out[i : i + len(pattern)] = pattern
-        else:
-            out = bytearray(rng.randbytes(rng.randint(0, 200)))
-    return bytes(out)
+    """Mostly flipped bits and hostile numbers in the place of values."""
+    kinds = (0, 0, 0, 0, 1, 2, 3, 4, 5, 5, 5, 6)
+    return fuzz_files.damaged(
+        data,
+        rng,
+        times=(1, 2, 3),
+        kinds=kinds,
+        lengths=(2**31, 2**63),
+        fills=PATTERNS,
+        over=None,
+    )
 
 
 def forged(data, rng):

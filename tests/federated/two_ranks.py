@@ -4,7 +4,6 @@ They are forked from a server that has imported everything once, so that a pair 
 """
 
 import contextlib
-import csv
 import io
 import multiprocessing
 import os
@@ -12,12 +11,9 @@ import signal
 import socket
 import time
 import traceback
-from pathlib import Path
 
 import torch
-from staged_runs import StopAfter
-
-MEASURED = ("seconds", "peak_memory", "energy_j")
+from staged_runs import MEASURED, StopAfter
 
 
 def hurt(name, nan=(), raises=(), kill=(), stall=()):
@@ -192,9 +188,3 @@ def serve(rank, size, port, pipe):
             pipe.send(function(*arguments))
         except Exception:
             pipe.send({"error": traceback.format_exc()})
-
-
-def rows_of(folder):
-    with open(Path(folder) / "rounds.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
