@@ -22,6 +22,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     found, dirty = commit()
     return {
         "device": device_name(device),
+        "device_type": device.type,
         "cpu": _cpu_model(),
         **{package: _version(package) for package in _PACKAGES},
         "fastrank": __version__,

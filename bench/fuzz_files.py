@@ -18,7 +18,7 @@ import shutil
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ NAMES = [
     "\x00",
     "99999999999999999999",
 ]
+FILLS = (b"\x00" * 9, b"\xff" * 9, b"[" * 5000, b'"../"', b"1e999")
 MOST_MEMORY = 64 << 20  # a reading of some kilobytes
 
 
@@ -117,12 +118,30 @@ def make_config(folder: Path) -> bytes:
 # -- mutations ------------------------------------------------------------------------------------
 
 
-def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Bits flipped, ends cut, pieces doubled, filled or replaced."""
+def damaged(
+    data: bytes,
+    rng: random.Random,
+    *,
+    times: Sequence[int] = (1, 1, 2, 5),
+    kinds: Sequence[int] = range(7),
+    lengths: Sequence[int] = (2**60,),
+    fills: Sequence[bytes] = FILLS,
+    over: int | None = 9,
+) -> bytes:
+    """The faults of transport and storage, and headers of hostile lengths; nothing is put right.
+
+    Args:
+        times: how many faults; one of these is drawn.
+        kinds: which fault; one of these is drawn for each: 0 a bit flipped, 1 the end cut, 2 a
+            piece cut, 3 noise put in, 4 another header length, 5 a piece filled, 6 all replaced.
+        lengths: header lengths to claim, beside 0, 8, the whole and any.
+        fills: what pieces are filled with.
+        over: bytes that a filling takes the place of; None for as many as it has.
+    """
     out = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 5])):
+    for _ in range(rng.choice(times)):
         i = rng.randrange(max(len(out), 1))
-        kind = rng.randrange(7)
+        kind = rng.choice(kinds)
         if kind == 0 and out:
             out[i] ^= 1 << rng.randrange(8)
         elif kind == 1:
@@ -132,9 +151,11 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         elif kind == 3:
             out[i:i] = rng.randbytes(rng.randint(1, 20))
         elif kind == 4:
-            out[:8] = rng.choice([0, 8, len(out), 2**60, rng.getrandbits(64)]).to_bytes(8, "little")
+            claimed = rng.choice([0, 8, len(out), *lengths, rng.getrandbits(64)])
+            out[:8] = claimed.to_bytes(8, "little")
         elif kind == 5:
-            out[i : i + 9] = rng.choice([b"\x00" * 9, b"\xff" * 9, b"[" * 5000, b'"../"', b"1e999"])
+            fill = rng.choice(fills)
+            out[i : i + (len(fill) if over is None else over)] = fill
         else:
             out = bytearray(rng.randbytes(rng.randint(0, 200)))
     return bytes(out)

@@ -235,7 +235,7 @@ def run_step(name: str, out: Path, device: str, budget: float, seconds: float) -
 def _print_steps(steps: dict[str, Any], state: State | None) -> None:
     for name, step in steps.items():
         status = f"[{state.status(name)}] " if state else ""
-        print(f"{name:12} {status}{(step.__doc__ or '').splitlines()[0]}")
+        print(f"{name:16} {status}{(step.__doc__ or '').splitlines()[0]}")
 
 
 if __name__ == "__main__":

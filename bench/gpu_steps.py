@@ -30,6 +30,8 @@ from fastrank.bench import (
     rank_sweep,
     simulate,
     simulate_cases,
+    simulate_memory,
+    simulate_profile,
     svd,
     svd_cases,
     svd_merge,
@@ -290,7 +292,10 @@ def measure_svd(out: Path, setting: Setting, deadline: float) -> bool:
     """svd.json: truncated SVD of many matrices at once, against torch and plain pipelines."""
     device = pick_device(setting.device)
     results = Results(out / "svd.json", environment(device), resume=True)
-    cases = [*svd_cases.cases(device, setting.rehearsal), *svd_merge.cases(device, True)]
+    cases = [
+        *svd_cases.cases(device, setting.rehearsal),
+        *svd_merge.cases(device, setting.rehearsal),
+    ]
     seconds = 2.0 if setting.rehearsal else 240.0
     # true spectra and a looped SVD of large matrices take about as long as measuring a case
     needed = 2 * seconds / len(cases)
@@ -329,6 +334,57 @@ def measure_simulate(out: Path, setting: Setting, deadline: float) -> bool:
     return finished
 
 
+def measure_simulate_memory(out: Path, setting: Setting, deadline: float) -> bool:
+    """simulate-memory.json: peak memory and time by how many clients share a pass."""
+    seconds = 2.0 if setting.rehearsal else 60.0
+    return _simulate_beside(
+        out / "simulate-memory.json", setting, deadline, 3 * seconds,
+        lambda device, results: simulate_memory.measure(
+            device, setting.rehearsal, results, seconds
+        ),
+    )  # fmt: skip
+
+
+def measure_simulate_profile(out: Path, setting: Setting, deadline: float) -> bool:
+    """simulate-profile.json: what a client-parallel step is made of."""
+    return _simulate_beside(
+        out / "simulate-profile.json", setting, deadline, 5.0 if setting.rehearsal else 120.0,
+        lambda device, results: simulate_profile.measure(device, setting.rehearsal, results),
+    )  # fmt: skip
+
+
+def _simulate_beside(
+    path: Path,
+    setting: Setting,
+    deadline: float,
+    needed: float,
+    measure: Callable[[torch.device, Results], None],
+) -> bool:
+    """What `fastrank bench simulate` measures instead of its grid; begun with so many seconds."""
+    if not has_peft():
+        raise Skipped("PEFT is not installed")
+    if time.monotonic() + needed > deadline:
+        return False
+    device = pick_device(setting.device)
+    results = Results(path, environment(device), resume=True)
+    measure(device, results)
+    _release(device)
+    if failures(results.rows):
+        raise Failed(f"{failures(results.rows)} rows failed; {path.name} has the reasons")
+    return True
+
+
+def report_static(out: Path, setting: Setting, deadline: float) -> bool:
+    """static/: what the compilers of this machine's Triton make of every kernel; no timing."""
+    if setting.rehearsal:
+        raise Skipped("takes minutes and no GPU: python -m fastrank.bench.static --out DIR")
+    from fastrank.bench import static
+
+    if static.main(["--out", str(out / "static")]):
+        raise Failed("a kernel is not as it should be; the log says which")
+    return True
+
+
 def _release(device: torch.device) -> None:
     gc.collect()  # PEFT's modules hold each other
     if device.type == "cuda":
@@ -357,6 +413,9 @@ STEPS: dict[str, Step] = {
     "svd": measure_svd,
     "packing": measure_packing,
     "simulate": measure_simulate,
+    "simulate-memory": measure_simulate_memory,
+    "simulate-profile": measure_simulate_profile,
+    "static": report_static,
     "summary": summarise,
 }
 

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrank.bench import lowrank, rank_sweep, roofline
+from fastrank.bench import (
+    grouped,
+    lowrank,
+    packing,
+    peer_list,
+    rank_sweep,
+    roofline,
+    simulate,
+    svd,
+)
 from fastrank.bench.cases import Case
 from fastrank.bench.progress import milliseconds
 from fastrank.bench.results_file import Row, read, write_json
@@ -18,7 +27,7 @@ _CASE_FIELDS = ("M", "K", "N", "R", "dtype", "dropout", "bias", "precision")
 def write_summary(out: Path) -> None:
     """Write README.md, and roofline.json where the rates and the grid are measured."""
     parts: list[Callable[[Path], list[str]]] = [
-        _machine, _rates, _steps, _tests, _grid, _roofline, _sweep, _train,
+        _machine, _rates, _steps, _tests, _grid, _roofline, _sweep, _train, _ops, _peers,
     ]  # fmt: skip
     lines = ["# GPU results", "", "Written by `python -m fastrank.bench.gpu`; times are medians."]
     for part in parts:
@@ -91,6 +100,11 @@ def _grid_of(path: Path, title: str) -> list[str]:
     rows = _rows(path)
     if not rows:
         return []
+    return _measured(title, rows, lowrank.summary(rows))
+
+
+def _measured(title: str, rows: Sequence[Row], said: Sequence[str]) -> list[str]:
+    """A heading, what a benchmark says of its rows, and all of them."""
     table = []
     for row in rows:
         start = [row["case"]["name"], row["mode"], row["variant"], row["baseline"]]
@@ -102,13 +116,43 @@ def _grid_of(path: Path, title: str) -> list[str]:
             milliseconds(row["baseline_median_s"]),
             milliseconds(row["median_s"]),
             f"{row['speedup']:.3f}",
-            f"{row['peak_bytes'] / 1e6:.0f} / {row['baseline_peak_bytes'] / 1e6:.0f}",
-            f"{row['error']:.1e} / {row['baseline_error']:.1e}",
+            _both(row, "peak_bytes", lambda count: f"{count / 1e6:.0f}"),
+            _both(row, "error", lambda error: f"{error:.1e}"),
         ])  # fmt: skip
     heading = ("case", "mode", "variant", "baseline", "baseline ms", "variant ms", "speed-up",
                "peak MB, both", "error, both")  # fmt: skip
-    said = [f"- {line}" for line in lowrank.summary(rows)]
-    return ["", title, "", *said, "", *_table(heading, table)]
+    return ["", title, "", *(f"- {line}" for line in said), "", *_table(heading, table)]
+
+
+def _both(row: Row, key: str, shown: Callable[[float], str]) -> str:
+    pair = (row[key], row[f"baseline_{key}"])
+    return " / ".join("-" if value is None else shown(value) for value in pair)
+
+
+def _ops(out: Path) -> list[str]:
+    """The other benchmarks, with their goals."""
+    lines = []
+    for name, title, module in (
+        ("grouped", "## Many adapters in one pass", grouped),
+        ("svd", "## Truncated SVD", svd),
+        ("packing", "## Sparse updates", packing),
+        ("simulate", "## Clients side by side", simulate),
+        ("simulate-memory", "## Clients side by side: memory", None),
+        ("simulate-profile", "## Clients side by side: what a step is made of", None),
+    ):
+        if rows := _rows(out / f"{name}.json"):
+            lines += _measured(title, rows, module.summary(rows) if module else [])
+    return lines
+
+
+def _peers(out: Path) -> list[str]:
+    """Which other libraries ran, and why the others didn't."""
+    found = []
+    for name in ("lowrank", "train-step", "grouped", "svd", "packing", "simulate"):
+        if (content := _load(out / f"{name}.json")) is not None:
+            found += content.get("peers", [])
+    said = [f"- {line}" for line in peer_list.lines(found)]
+    return ["", "## Peers", "", *said] if said else []
 
 
 def _roofline(out: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from itertools import product
 
 import torch
@@ -17,12 +18,15 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def _cpu(quick: bool) -> list[Case]:
-    """Layers of encoders, in both dtypes."""
+    """Layers of encoders, in both dtypes; of one, also PEFT's other precisions in bf16."""
     rows = (64,) if quick else (128, 1024, 4096)
     shapes = ((96, 96), (96, 160)) if quick else ((384, 384), (768, 768), (768, 3072), (2048, 2048))
     ranks = (4,) if quick else (4, 16, 64)
     grid = product(rows, shapes, ranks, DTYPES, (0.0, 0.1))
-    return [Case(M, K, N, R, dtype, p) for M, (K, N), R, dtype, p in grid]
+    found = [Case(M, K, N, R, dtype, p) for M, (K, N), R, dtype, p in grid]
+    size = (64, 96, 96, 4) if quick else (1024, 768, 768, 16)
+    others = product(("autocast", "16-bit"), (0.0,) if quick else (0.0, 0.1))
+    return found + [Case(*size, "bfloat16", p, precision=precision) for precision, p in others]
 
 
 def _gpu(quick: bool) -> list[Case]:
@@ -56,7 +60,16 @@ def builders(case: Case, device: torch.device) -> dict[str, Builder]:
     if device.type == "cuda" and case.precision == "16-bit":
         made["unsloth-schedule"] = peers.unsloth_schedule
         made["lorafusion-schedule"] = peers.lorafusion_schedule
+    if device.type == "cuda" and _compiled(case):
+        made["peft-compiled"] = peers.peft_compiled
+    if device.type == "cuda" and importlib.util.find_spec("flag_gems") is not None:
+        made["flaggems+peft"] = peers.flaggems
     return made
+
+
+def _compiled(case: Case) -> bool:
+    """The square layer that targets are about: each case is compiled anew, for many seconds."""
+    return (case.M, case.K, case.N, case.R) in {(8192, 4096, 4096, 16), (1024, 2048, 2048, 16)}
 
 
 def pairs(names: list[str]) -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ def run(
     with options.session(device, threads, seconds, out, resume) as (where, results):
         seconds = seconds or (2.0 if quick else _SECONDS[where.type])
         measure_cases(cases(where, quick), where, results, seconds)
-        return results.content()
+        return options.finish(results)
 
 
 def measure_cases(

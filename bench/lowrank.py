@@ -18,23 +18,13 @@ from typing import Any
 
 import torch
 
-from fastrank.bench import grids, harness, plan, timing
+from fastrank.bench import grids, harness, options, plan, timing
 from fastrank.bench.cases import Case
-from fastrank.bench.environment import environment, pick_device
 from fastrank.bench.progress import Report, milliseconds
 from fastrank.bench.rank_sweep import measure as measure_sweep
 from fastrank.bench.results_file import Results, Row, failures
-from fastrank.errors import UsageError
 
-DEFAULTS: dict[str, Any] = {
-    "device": "cpu",
-    "quick": False,
-    "rank_sweep": False,
-    "threads": None,
-    "seconds": None,
-    "out": None,
-    "resume": False,
-}
+DEFAULTS: dict[str, Any] = {**options.DEFAULTS, "rank_sweep": False}
 _COLUMNS = (
     ("case", 46),
     ("mode", 10),
@@ -50,17 +40,10 @@ _SECONDS = {"cpu": 420.0, "cuda": 400.0}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line's options; their defaults are DEFAULTS."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cpu")
-    parser.add_argument("--quick", action="store_true", help="a few small cases, seconds")
+    options.add_options(parser, quick="a few small cases, seconds", seconds="420 on a CPU")
     parser.add_argument(
         "--rank-sweep", action="store_true", help="instead: one layer as its ranks are pruned"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    parser.add_argument(
-        "--seconds", type=float, metavar="S", help="time to spend, about (420 on a CPU)"
-    )
-    parser.add_argument("--out", metavar="FILE.json", help="where the rows go")
-    parser.add_argument("--resume", action="store_true", help="go on with the cases FILE lacks")
 
 
 def run(
@@ -74,26 +57,13 @@ def run(
     resume: bool,
 ) -> dict[str, Any]:
     """Measure the grid of a device; see `fastrank.bench.run`."""
-    where = pick_device(device)
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads is {threads}; give at least 1")
-    if seconds is not None and not seconds > 0:
-        raise UsageError(f"--seconds is {seconds}; give a positive number")
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        path = None if out is None else Path(out)
-        results = Results(path, environment(where), resume=resume)
-        results.check_writable()
+    with options.session(device, threads, seconds, out, resume) as (where, results):
         if rank_sweep:
             measure_sweep(where, quick, results, seconds or (10.0 if quick else 60.0))
-        else:
-            seconds = seconds or (30.0 if quick else _SECONDS[where.type])
-            measure_cases(grids.cases(where, quick), where, results, seconds)
-        return results.content()
-    finally:
-        torch.set_num_threads(before)
+            return results.content()
+        seconds = seconds or (30.0 if quick else _SECONDS[where.type])
+        measure_cases(grids.cases(where, quick), where, results, seconds)
+        return options.finish(results)
 
 
 def measure_cases(

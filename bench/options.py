@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastrank.bench import peer_list
 from fastrank.bench.environment import environment, pick_device
 from fastrank.bench.results_file import Results
 from fastrank.errors import UsageError
@@ -24,20 +25,26 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser, *, quick: str, seconds: str) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, *, quick: str, seconds: str | None, resume: bool = True
+) -> None:
     """The options of DEFAULTS.
 
     Args:
         quick: what --quick measures.
-        seconds: how long the samples take by default.
+        seconds: how long the samples take by default; None for a benchmark without --seconds.
+        resume: whether it has --resume.
     """
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="default cpu")
     add("--quick", action="store_true", help=quick)
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    add("--seconds", type=float, metavar="S", help=f"time to spend on samples, about ({seconds})")
-    add("--out", metavar="FILE.json", help="where the rows go")
-    add("--resume", action="store_true", help="go on with the cases FILE lacks")
+    if seconds is not None:
+        text = f"time to spend on samples, about ({seconds})"
+        add("--seconds", type=float, metavar="S", help=text)
+    add("--out", metavar="FILE.json", help="where the rows go; FILE.csv beside it has them flat")
+    if resume:
+        add("--resume", action="store_true", help="go on with the cases FILE lacks")
 
 
 @contextmanager
@@ -46,7 +53,7 @@ def session(
     threads: int | None,
     seconds: float | None,
     out: str | Path | None,
-    resume: bool,
+    resume: bool = False,
 ) -> Iterator[tuple[torch.device, Results]]:
     """The device and the results to fill, with so many threads in here.
 
@@ -67,3 +74,11 @@ def session(
         yield where, results
     finally:
         torch.set_num_threads(before)
+
+
+def finish(results: Results) -> dict[str, Any]:
+    """What the file holds, after a line for every peer: measured, or why not."""
+    content = results.content()
+    for line in peer_list.lines(content["peers"]):
+        print(line, flush=True)
+    return content

@@ -1,5 +1,6 @@
-"""Our own implementations of schedules that others published, for where their code can't run.
+"""Peers of one layer beside stock PEFT: PEFT under torch.compile or FlagGems, and schedules.
 
+The schedules are our own implementations of what others published, for where their code can't run.
 They repeat which tensors a published design reads and writes and in which order, not its code, and
 are named so in every result: "unsloth-schedule" and "lorafusion-schedule", both with adapters in
 the base's dtype as the originals have them, and "peft-schedule" where PEFT is not installed.
@@ -7,10 +8,13 @@ the base's dtype as the originals have them, and "peft-schedule" where PEFT is n
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrank.bench import variants
 from fastrank.bench.cases import DTYPES, Case, LayerStep, Operands, Unavailable
 from fastrank.bench.variants import LORA_ALPHA, autocast, leaf
 
@@ -71,6 +75,32 @@ def peft_schedule(case: Case, operands: Operands) -> LayerStep:
     trained, frozen = {"dA": a, "dB": b}, [operands.weight]
     x, dy = leaf(operands.x), operands.dy
     return LayerStep(layer, x, dy, trained, scale, autocast(case), frozen)
+
+
+def peft_compiled(case: Case, operands: Operands) -> LayerStep:
+    """PEFT's layer under torch.compile, whole and for this shape alone.
+
+    Compiled code of earlier cases is dropped: past torch's limit of recompilations a layer would
+    run uncompiled without a word.
+    """
+    step = variants.peft(case, operands)
+    torch._dynamo.reset()
+    return replace(step, layer=torch.compile(step.layer, fullgraph=True, dynamic=False))
+
+
+class _FlagGemsStep(LayerStep):
+    """A step whose operators, the backward's too, are FlagGems' Triton kernels."""
+
+    def __call__(self) -> Tensor:
+        import flag_gems
+
+        with flag_gems.use_gems():
+            return super().__call__()
+
+
+def flaggems(case: Case, operands: Operands) -> LayerStep:
+    """PEFT's layer with torch's operators replaced by FlagGems', as its README has it."""
+    return _FlagGemsStep(**vars(variants.peft(case, operands)))
 
 
 def _step(function: type, case: Case, operands: Operands) -> LayerStep:

@@ -1,11 +1,14 @@
 """`fastrank bench plot`: figures of results files: speed-up and overhead of each case, rank sweep.
 
 Writes PNG files into --out (default: beside each results file), named after the file they show.
+Without files it shows those of bench/results/cpu and bench/results/gpu, into --out. README's own
+figures are SVG: `python -m fastrank.bench.readme`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ _COLOURS = ("#3b6fb6", "#c4572c", "#4d9a5b", "#8a5fa8", "#7f7f7f")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line's options."""
-    parser.add_argument("files", nargs="+", metavar="RESULTS.json", help="what to show")
+    parser.add_argument("files", nargs="*", metavar="RESULTS.json", help="what to show")
     parser.add_argument("--out", metavar="DIR", help="where the figures go")
 
 
@@ -26,15 +29,19 @@ def plot(files: Sequence[str | Path], out: str | Path | None = None) -> list[Pat
     """Draw what results files hold.
 
     Args:
-        files: written by `fastrank bench`.
+        files: written by `fastrank bench`; none for the committed ones, which need `out`.
         out: folder of the figures; None for each file's own.
 
     Returns:
         The figures written, PNG.
 
     Raises:
-        UsageError: matplotlib is missing, or a file has nothing to show.
+        UsageError: matplotlib is missing, a file has nothing to show, or there is none.
     """
+    if not files:
+        if out is None:
+            raise UsageError("give --out DIR for the figures of bench/results, or files to show")
+        files = committed()
     pyplot = _pyplot()
     figures = []
     for file in map(Path, files):
@@ -53,6 +60,20 @@ def plot(files: Sequence[str | Path], out: str | Path | None = None) -> list[Pat
             raise UsageError(f"{file} has no row to show: every one was skipped, or there is none")
         figures += made
     return figures
+
+
+def committed() -> list[Path]:
+    """The results files of a checkout that have rows.
+
+    Raises:
+        UsageError: there is none beside this package.
+    """
+    folder = Path(__file__).resolve().parent / "results"
+    found = [path for name in ("cpu", "gpu") for path in sorted((folder / name).glob("*.json"))]
+    found = [path for path in found if json.loads(path.read_bytes()).get("rows")]
+    if not found:
+        raise UsageError(f"{folder} has no results files: run from a checkout, or give files")
+    return found
 
 
 def _pyplot() -> Any:

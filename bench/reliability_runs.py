@@ -11,27 +11,38 @@ LABELS = ("birds", "fish", "trees")
 WORDS = [f"w{i}" for i in range(60)]
 
 
-def make_model(folder: Path) -> Path:
-    """A random BERT of 2 layers with a word-level tokenizer: some 30 kB."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+# every tiny model here is of this size
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
 
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        id2label=dict(enumerate(LABELS)),
-        label2id={name: i for i, name in enumerate(LABELS)},
-    )
+
+def make_model(folder: Path) -> Path:
+    """A random BERT of 2 layers without a classification head, and its tokenizer: some 30 kB."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    names = dict(enumerate(LABELS))
+    config = BertConfig(**TINY, id2label=names, label2id={name: i for i, name in names.items()})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         BertModel(config).save_pretrained(folder)
-    known = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows `WORDS`, one token each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -41,7 +52,6 @@ def make_model(folder: Path) -> Path:
         sep_token="[SEP]",
         eos_token="[SEP]",
     ).save_pretrained(folder)
-    return folder
 
 
 def make_data(folder: Path, train: int = 60, test: int = 20) -> Path:

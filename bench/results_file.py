@@ -1,13 +1,19 @@
-"""The file that a benchmark writes: `environment` and `rows`, whole at every moment."""
+"""The file that a benchmark writes: `environment`, `rows` and `peers`, whole at every moment.
+
+FILE.csv beside FILE.json has the rows flat, each with its environment.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastrank.bench import peer_list
 from fastrank.errors import UsageError
 
 _IDENTITY = ("bench", "case", "mode", "variant", "baseline")
@@ -48,6 +54,10 @@ class Results:
             raise UsageError(f"--out {path}: {path.parent} is no folder; make it, or give another")
         if path is not None and path.is_dir():
             raise UsageError(f"--out {path} is a folder; give a file's name")
+        if path is not None and path.suffix == ".csv":
+            raise UsageError(
+                f"--out {path}: the table is made beside the JSON file; give {path.stem}.json"
+            )
         if resume and path is not None and path.exists():
             before = read(path)
             _refuse_other_origin(path, before["environment"], self.environment)
@@ -76,13 +86,33 @@ class Results:
             self.write()
 
     def write(self) -> None:
-        """Replace the file by the present rows."""
+        """Replace the file, and the table beside it, by the present rows."""
         if self.path is not None:
             write_json(self.path, self.content())
+            if self.rows:
+                _write(self.path.with_suffix(".csv"), flat(self.environment, self.rows))
 
     def content(self) -> dict[str, Any]:
         """What the file holds."""
-        return {"environment": self.environment, "rows": self.rows}
+        peers = peer_list.states(self.rows, self.environment.get("device_type", "cpu"))
+        return {"environment": self.environment, "rows": self.rows, "peers": peers}
+
+
+def flat(environment: Mapping[str, Any], rows: Iterable[Row]) -> str:
+    """Rows as CSV: a column for every field, those of `case` and of the environment named so."""
+    where = {f"environment.{key}": value for key, value in environment.items()}
+    table = []
+    for row in rows:
+        case = {f"case.{key}": value for key, value in row["case"].items()}
+        table.append(case | {k: v for k, v in row.items() if k != "case"} | where)
+    columns: dict[str, None] = {key: None for key in _IDENTITY if key != "case"}
+    for line in table:
+        columns |= dict.fromkeys(key for key in line if key not in where)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *where], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -92,11 +122,14 @@ def write_json(path: Path, content: Any) -> None:
         UsageError: it can't be written.
         ValueError: a number in it is not finite.
     """
+    _write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     from fastrank.federated.checkpoint import write_atomic
 
-    text = json.dumps(content, indent=1, allow_nan=False)
     try:
-        write_atomic(path, f"{text}\n".encode())
+        write_atomic(path, text.encode())
     except OSError as error:
         raise UsageError(f"{path} can't be written: {error.strerror}") from error
 

@@ -30,9 +30,8 @@ from typing import Any
 
 import torch
 
-from fastrank.bench import harness, simulate_cases, timing
+from fastrank.bench import harness, options, simulate_cases, timing
 from fastrank.bench.cases import Unavailable
-from fastrank.bench.environment import environment, pick_device
 from fastrank.bench.progress import Report, milliseconds
 from fastrank.bench.results_file import Results, Row, failures
 from fastrank.bench.simulate_cases import SimCase
@@ -42,16 +41,7 @@ from fastrank.bench.variants import has_peft
 from fastrank.errors import UsageError
 from fastrank.memory import keep_freed_memory
 
-DEFAULTS: dict[str, Any] = {
-    "device": "cpu",
-    "quick": False,
-    "memory": False,
-    "profile": False,
-    "threads": None,
-    "seconds": None,
-    "out": None,
-    "resume": False,
-}
+DEFAULTS: dict[str, Any] = {**options.DEFAULTS, "memory": False, "profile": False}
 # of a case: how many times PEFT's speed it is meant to have
 GOALS = {
     "encoder-6x384-8x4x32": 2.0,
@@ -72,14 +62,9 @@ _SECONDS = {"cpu": 300.0, "cuda": 200.0}
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line's options; their defaults are DEFAULTS."""
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), help="default cpu")
-    add("--quick", action="store_true", help="tiny models, under a minute")
+    options.add_options(parser, quick="tiny models, under a minute", seconds="300 on a CPU")
     add("--memory", action="store_true", help="instead: peak memory by clients in parallel")
     add("--profile", action="store_true", help="instead: what a client-parallel step is made of")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    add("--seconds", type=float, metavar="S", help="time to spend on samples, about (300 on a CPU)")
-    add("--out", metavar="FILE.json", help="where the rows go")
-    add("--resume", action="store_true", help="go on with the cases FILE lacks")
 
 
 def run(
@@ -94,24 +79,13 @@ def run(
     resume: bool,
 ) -> dict[str, Any]:
     """Measure the grid of a device; see `fastrank.bench.run`."""
-    where = pick_device(device)
-    if where.type == "cpu":
-        keep_freed_memory()  # as the command line's simulate does; for every engine alike
     if not has_peft():
         raise UsageError("simulate needs PEFT, which is not installed: pip install peft")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads is {threads}; give at least 1")
-    if seconds is not None and not seconds > 0:
-        raise UsageError(f"--seconds is {seconds}; give a positive number")
     if memory and profile:
         raise UsageError("--memory and --profile are measured one at a time; give one of them")
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        path = None if out is None else Path(out)
-        results = Results(path, environment(where), resume=resume)
-        results.check_writable()
+    with options.session(device, threads, seconds, out, resume) as (where, results):
+        if where.type == "cpu":
+            keep_freed_memory()  # as the command line's simulate does; for every engine alike
         seconds = seconds or (4.0 if quick else _SECONDS[where.type])
         if memory:
             from fastrank.bench import simulate_memory
@@ -127,9 +101,8 @@ def run(
                 from fastrank.bench import simulate_flower
 
                 simulate_flower.measure(quick, results)
+            return options.finish(results)
         return results.content()
-    finally:
-        torch.set_num_threads(before)
 
 
 def _auto(contest: Contest, steps: int | None) -> Round:

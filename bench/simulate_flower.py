@@ -1,10 +1,18 @@
 """The same federated job in Flower's simulation on Ray, and in fastrank's: seconds of a round.
 
 Flower 1.41 and later: ServerApp with FedAvg, ClientApp with messages, one virtual node for each
-client, all of them every round. A worker keeps the base model and every client's batches from one
-message to the next, which Flower's own LLM example does not. An actor has one CPU: as many clients
-train at once as there are threads, which suits small models better than Flower's default of two.
-Telemetry of both libraries is off. Round 1, which starts the actors, is not counted.
+client, all of them every round. An actor has one CPU: as many clients train at once as there are
+threads, which suits small models better than Flower's default of two. Telemetry of both libraries
+is off. Round 1, which starts the actors, is not counted.
+
+Two apps:
+
+- "flower-ray": a worker keeps the base model and every client's batches from one message to the
+  next. None of Flower's own examples does; it is the least that Flower itself costs.
+- "flower-ray-examples": a message loads the base model with from_pretrained and adapts it, as
+  Flower's examples quickstart-huggingface and flowertune-llm do (github.com/adap/flower, March
+  2026). Theirs read and tokenise the client's texts for every message, too, and flowertune-llm
+  makes a Trainer; here the tokens are at hand.
 
 Flower runs in a process of its own and not in turn with fastrank. Both send the values to every
 client, train the same batches, collect and average; nothing is evaluated. The averages of round 1
@@ -38,11 +46,14 @@ from fastrank.bench.simulate_cases import Job, SimCase, cases
 from fastrank.bench.simulate_rounds import ROUND, TOLERANCE, PeftSequential, executor_name
 from fastrank.federated.exchange import Exchange
 from fastrank.federated.parallel import make_executor
+from fastrank.federated.quiet import quiet
 
-BASELINE = "flower-ray"
+KEPT, BUILT = "flower-ray", "flower-ray-examples"
+BASELINES = (KEPT, BUILT)
 NOT_INSTALLED = "flwr is not installed (pip install 'fastrank[flower]')"
 _CPU = torch.device("cpu")
-_COLUMNS = (("case", 30), ("flower ms a round", 17), ("fastrank ms a round", 19), ("ratio", 6))
+_COLUMNS = (("case", 30), ("app", 20), ("flower ms a round", 17), ("fastrank ms a round", 19),
+            ("ratio", 6))  # fmt: skip
 _MOST_SECONDS = 900
 # a main module's functions are pickled by value for every message, and their cache with them
 _COMMAND = "from fastrank.bench import simulate_flower; simulate_flower.main()"
@@ -53,19 +64,21 @@ def measure(quick: bool, results: Results) -> None:
     todo = cases(_CPU, quick)[: 1 if quick else 2]
     todo = [case for case in todo if not results.has(case.name, "round")]
     with Report(_COLUMNS) as report:
-        report.start(len(todo))
+        report.start(len(todo) * len(BASELINES))
         for case in todo:
             found, executor = measure_case(case, rounds=3 if quick else 6)
-            pairs = [("fastrank", BASELINE)]
-            (row,) = harness.rows("simulate", case.as_dict(), "round", found, pairs)
-            if (reason := found[BASELINE].skipped) is not None:
-                row["skipped"] = reason
-                report.row([case.name, f"skipped: {reason}"])
-            else:
+            pairs = [("fastrank", baseline) for baseline in BASELINES]
+            rows = harness.rows("simulate", case.as_dict(), "round", found, pairs)
+            for row in rows:
+                baseline = row["baseline"]
+                if (reason := found[baseline].skipped) is not None:
+                    row["skipped"] = reason
+                    report.row([case.name, baseline, f"skipped: {reason}"])
+                    continue
                 row["executor"] = executor
                 times = [milliseconds(row[key]) for key in ("baseline_median_s", "median_s")]
-                report.row([case.name, *times, f"{row['speedup']:.1f}"])
-            results.add([row])
+                report.row([case.name, baseline, *times, f"{row['speedup']:.1f}"])
+            results.add(rows)
 
 
 def why_not() -> str | None:
@@ -78,23 +91,24 @@ def why_not() -> str | None:
 
 
 def measure_case(case: SimCase, rounds: int) -> tuple[dict[str, Measured], str | None]:
-    """Rounds of both, the same number of each, and the executor that fastrank chose."""
-    found = {"fastrank": Measured(), BASELINE: Measured(skipped=why_not())}
-    if found[BASELINE].skipped is not None:
+    """Rounds of each, the same number, and the executor that fastrank chose."""
+    reason = why_not()
+    found = {name: Measured(skipped=reason) for name in BASELINES} | {"fastrank": Measured()}
+    if reason is not None:
         return found, None
-    executor = None
-    try:
-        start, average, ours, executor = _by_fastrank(case, rounds)
-        their_average, theirs = _by_flower(case, start, rounds)
-        apart = _distance(their_average, average, start)
-        if not apart <= TOLERANCE:
-            raise WrongResult(f"averages are {apart:.3g} apart, allowed is {TOLERANCE:g}")
-        found["fastrank"].timing = timing.Timing.of(ours)
-        found[BASELINE].timing = timing.Timing.of(theirs)
-    except Exception as error:
-        traceback.print_exc()
-        words = f"{type(error).__name__}: {first_line(error)}"
-        found[BASELINE].skipped = f"{BASELINE}: failed: {words}"
+    start, average, ours, executor = _by_fastrank(case, rounds)
+    found["fastrank"].timing = timing.Timing.of(ours)
+    for name in BASELINES:
+        try:
+            their_average, theirs = _by_flower(case, start, rounds, name)
+            apart = _distance(their_average, average, start)
+            if not apart <= TOLERANCE:
+                raise WrongResult(f"averages are {apart:.3g} apart, allowed is {TOLERANCE:g}")
+            found[name].timing = timing.Timing.of(theirs)
+        except Exception as error:
+            traceback.print_exc()
+            words = f"{type(error).__name__}: {first_line(error)}"
+            found[name].skipped = f"{name}: failed: {words}"
     return found, executor
 
 
@@ -123,21 +137,25 @@ def _by_fastrank(
 
 
 def _by_flower(
-    case: SimCase, start: dict[str, Tensor], rounds: int
+    case: SimCase, start: dict[str, Tensor], rounds: int, name: str
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The average after round 1, and seconds of the other rounds."""
     from safetensors.torch import load_file, save_file
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         task = {"case": asdict(case), "rounds": rounds, "threads": torch.get_num_threads()}
+        if name == BUILT:
+            with quiet():
+                Job(case, _CPU).base().save_pretrained(folder / "base")
+            task["base"] = str(folder / "base")
         (folder / "task.json").write_text(json.dumps(task))
         save_file(start, folder / "start.safetensors")
         environment = os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-        command = [sys.executable, "-c", _COMMAND, name]
+        command = [sys.executable, "-c", _COMMAND, place]
         with (folder / "log").open("w") as log:
             status = subprocess.run(
-                command, cwd=name, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                command, cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT,
                 timeout=_MOST_SECONDS,
             ).returncode  # fmt: skip
         if status or not (folder / "stamps.json").exists():
@@ -180,7 +198,9 @@ def main() -> None:
             grid,
             ArrayRecord(load_file(folder / "start.safetensors")),
             num_rounds=task["rounds"],
-            train_config=ConfigRecord({"case": json.dumps(task["case"])}),
+            train_config=ConfigRecord(
+                {"case": json.dumps(task["case"]), "base": task.get("base", "")}
+            ),
             evaluate_fn=note,
         )
 
@@ -200,17 +220,34 @@ def main() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _engine(case: str) -> PeftSequential:
+def _kept(case: str) -> PeftSequential:
     """A worker's one model and its batches."""
     return PeftSequential(Job(SimCase(**json.loads(case)), _CPU))
+
+
+@functools.lru_cache(maxsize=1)
+def _job(case: str) -> Job:
+    """A worker's tokens."""
+    return Job(SimCase(**json.loads(case)), _CPU)
+
+
+def _built(case: str, base: str, client: int) -> PeftSequential:
+    """A model for this message alone, from the base's folder."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    job = _job(case)
+    auto = AutoModelForCausalLM if job.task == "causal-lm" else AutoModelForSequenceClassification
+    with quiet():
+        return PeftSequential(job, auto.from_pretrained(base), [client])
 
 
 def _train(message: Any, context: Any) -> Any:
     """A client's turn: values in, values out."""
     from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-    engine = _engine(message.content["config"]["case"])
+    case, base = (message.content["config"][key] for key in ("case", "base"))
     client = int(context.node_config["partition-id"])
+    engine = _built(case, base, client) if base else _kept(case)
     values = engine.train(client, message.content["arrays"].to_torch_state_dict())
     count = len(engine.job.partition[client])
     reply = {"arrays": ArrayRecord(values), "metrics": MetricRecord({"num-examples": count})}

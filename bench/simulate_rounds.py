@@ -14,7 +14,7 @@ serialised. Each engine has one model in memory and takes the same batches in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,19 +48,24 @@ class PeftSequential:
 
     Args:
         job: base, data and options.
+        base: the transformers model to adapt; None: the job's.
+        clients: whose batches to hold; None: all.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(
+        self, job: Job, base: nn.Module | None = None, clients: Iterable[int] | None = None
+    ) -> None:
         from peft import get_peft_model
 
         from fastrank.federated.quiet import quiet
 
         self.job, self.options = job, job.options()
         with quiet():
-            model = get_peft_model(job.base(), job.lora_config())
+            model = get_peft_model(job.base() if base is None else base, job.lora_config())
         self.model = model.to(job.device).train()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.batches = {client: list(_batches(job, client)) for client in job.clients}
+        clients = job.clients if clients is None else clients
+        self.batches = {client: list(_batches(job, client)) for client in clients}
 
     def run(self, start: Mapping[str, Tensor], steps: int | None = None) -> Values:
         """Every client's values after so many steps (None: the case's)."""

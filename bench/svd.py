@@ -64,7 +64,7 @@ def run(
             keep_freed_memory()
         todo = [*svd_cases.cases(where, quick), *svd_merge.cases(where, quick)]
         measure_cases(todo, where, results, seconds or (2.0 if quick else _SECONDS[where.type]))
-        return results.content()
+        return options.finish(results)
 
 
 def measure_cases(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrank.bench import harness
+from fastrank.bench import harness, svd_peers, timing
 from fastrank.bench.cases import Unavailable
 from fastrank.bench.memory import Memory, measure
 from fastrank.kernels.packing import SparseMask
@@ -216,24 +215,6 @@ def plain_torch(given: SvdOperands) -> Callable[[], Triple]:
     return run
 
 
-def sklearn(given: SvdOperands) -> Callable[[], Triple]:
-    """scikit-learn's randomized_svd with its defaults, on SciPy's sparse form if there is one."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise Unavailable("scikit-learn is not installed (pip install 'fastrank[peers]')")
-    from scipy.sparse import csr_matrix
-    from sklearn.utils.extmath import randomized_svd
-
-    dense = given.dense.cpu().numpy()
-    matrices = [csr_matrix(one) for one in dense] if given.case.kind == "sparse" else list(dense)
-
-    def run() -> Triple:
-        found = [randomized_svd(one, given.case.R, random_state=0) for one in matrices]
-        return tuple(torch.stack([torch.from_numpy(x) for x in part])
-                     for part in zip(*found, strict=True))  # fmt: skip
-
-    return run
-
-
 def builders(case: SvdCase, device: torch.device) -> Mapping[str, Builder]:
     """Variant name -> builder, fastrank first."""
     found: dict[str, Builder] = {"fastrank": fastrank, "torch.linalg.svd": linalg_svd}
@@ -244,9 +225,13 @@ def builders(case: SvdCase, device: torch.device) -> Mapping[str, Builder]:
         "svd_lowrank-8": functools.partial(svd_lowrank, niter=8),
         "plain-torch": plain_torch,
     }
-    if device.type == "cpu":
-        found["sklearn"] = sklearn
-    return found
+    return found | (svd_peers.ON_CPU if device.type == "cpu" else svd_peers.ON_GPU)
+
+
+# the host waits for the device in them, or they work on the CPU: no CUDA graph can hold them
+_SYNCHRONISE = ("torch.linalg.svd", "torch.linalg.svd-loop", "cupy")
+# memory is what torch allocates; theirs is their own
+_NOT_TORCH = (*svd_peers.ON_CPU, *svd_peers.ON_GPU)
 
 
 @dataclass
@@ -270,9 +255,29 @@ class SvdCell(harness.Cell):
             if entry.skipped is not None:
                 self.steps.pop(name, None)
 
+    def measure(
+        self, mode: str, clock: timing.Clock, seconds: float
+    ) -> dict[str, harness.Measured]:
+        """Time what was built; a graph holds what never waits for the device."""
+        if mode != "full-graph":
+            return super().measure(mode, clock, seconds)
+        every = self.steps
+        self.steps = {name: step for name, step in every.items() if name not in _SYNCHRONISE}
+        try:
+            found = super().measure(mode, clock, seconds)
+        finally:
+            self.steps = every
+        for name in every.keys() & set(_SYNCHRONISE):
+            found[name].skipped = "the host waits for the device in it: no graph can hold it"
+        return found
+
     def _judge(self, name: str, given: SvdOperands) -> None:
         entry, kept = self.found[name], []
-        entry.memory = _memory(lambda: kept.append(self.steps[name]()), self.device)
+        step = self.steps[name]
+        if name in _NOT_TORCH:
+            kept.append(step())
+        else:
+            entry.memory = _memory(lambda: kept.append(step()), self.device)
         U, S, Vh = (part[:JUDGED].double() for part in kept.pop())
         # what U and Vh hold of the matrices themselves: S alone could claim anything
         held = (U.mT @ given.judged.to(U.device) @ Vh.mT).diagonal(dim1=1, dim2=2)

@@ -2,12 +2,14 @@
 
 A Llama-shaped model with random weights (no download), LoRA on all its linear layers, AdamW on the
 adapters, random tokens. PEFT and fastrank train the same model in turn: it is patched and unpatched
-between samples, outside of what is timed. Liger is measured where it is installed.
+between samples, outside of what is timed. Liger is measured where it is installed. Before
+anything is timed, every variant's gradients are compared with PEFT's: `error` is their distance.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import time
 import traceback
@@ -20,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastrank.bench import timing
-from fastrank.bench.environment import environment, pick_device
-from fastrank.bench.harness import Measured, first_line, rows
+from fastrank.bench import options, timing
+from fastrank.bench.environment import pick_device
+from fastrank.bench.harness import Measured, WrongResult, first_line, rows
 from fastrank.bench.memory import measure as measure_memory
 from fastrank.bench.progress import Report
 from fastrank.bench.results_file import Results
@@ -33,17 +35,13 @@ if TYPE_CHECKING:
     from fastrank.patching import PatchReport
 
 DEFAULTS: dict[str, Any] = {
-    "device": "cpu",
-    "quick": False,
+    **options.DEFAULTS,
     "shape": None,
     "r": 16,
     "sequence": None,
     "batch": 1,
     "dropout": 0.0,
     "precision": "autocast",
-    "threads": None,
-    "seconds": None,
-    "out": None,
 }
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3-8b": {
@@ -64,6 +62,9 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 _PRECISIONS = ("autocast", "16-bit", "peft")
+# relative distance of gradients from PEFT's: bf16 sums in another order are a few percent apart,
+# another scale or a missing adapter is tens
+WRONG = 0.2
 _UNSLOTH = (
     "Unsloth changes transformers for the whole process when it is imported, and loads models in "
     "its own way: it can't take turns with the others on this model"
@@ -102,17 +103,13 @@ class Case:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line's options; their defaults are DEFAULTS."""
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), help="default cpu")
-    add("--quick", action="store_true", help="the tiny shape, whatever the device")
+    options.add_options(parser, quick="the tiny shape, whatever the device", seconds="default 60")
     add("--shape", choices=tuple(SHAPES), help="default llama-3-8b on a GPU, tiny on a CPU")
     add("--r", type=int, metavar="R", help="rank of the adapters (default 16)")
     add("--sequence", type=int, metavar="N", help="tokens a text (default 2048; tiny: 64)")
     add("--batch", type=int, metavar="N", help="texts a step (default 1)")
     add("--dropout", type=float, metavar="P", help="lora_dropout (default 0)")
     add("--precision", choices=_PRECISIONS, help="of the adapters (default autocast)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    add("--seconds", type=float, metavar="S", help="time to spend on samples (default 60)")
-    add("--out", metavar="FILE.json", help="where the rows go")
 
 
 def run(
@@ -128,39 +125,30 @@ def run(
     threads: int | None,
     seconds: float | None,
     out: str | Path | None,
+    resume: bool,
 ) -> dict[str, Any]:
     """Measure one shape; see `fastrank.bench.run`."""
-    where = pick_device(device)
+    where = pick_device(device)  # what is measured by default depends on it
     if shape is None or quick:
         shape = "tiny" if quick or where.type == "cpu" else "llama-3-8b"
     if sequence is None:
         sequence = 64 if shape == "tiny" else 2048
     if not has_peft():
         raise UsageError("train-step needs PEFT, which is not installed: pip install peft")
-    _check(shape, r, sequence, batch, dropout, precision, threads)
+    _check(shape, r, sequence, batch, dropout, precision)
     case = Case(shape, r, sequence, batch, dropout, precision)
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        results = Results(None if out is None else Path(out), environment(where))
-        results.check_writable()
-        measure(case, where, results, seconds or (2.0 if quick else 60.0))
-        return results.content()
-    finally:
-        torch.set_num_threads(before)
+    with options.session(device, threads, seconds, out, resume) as (where, results):
+        if not results.has(case.as_dict()["name"], "full"):
+            measure(case, where, results, seconds or (2.0 if quick else 60.0))
+        return options.finish(results)
 
 
-def _check(
-    shape: str, r: int, sequence: int, batch: int, dropout: float, precision: str, threads: Any
-) -> None:
+def _check(shape: str, r: int, sequence: int, batch: int, dropout: float, precision: str) -> None:
     if shape not in SHAPES:
         raise UsageError(f"shape is {shape!r}; choose one of {', '.join(SHAPES)}")
     if precision not in _PRECISIONS:
         raise UsageError(f"precision is {precision!r}; choose one of {', '.join(_PRECISIONS)}")
-    sizes = {"r": r, "sequence": sequence, "batch": batch}
-    sizes |= {} if threads is None else {"threads": threads}
-    for name, value in sizes.items():
+    for name, value in {"r": r, "sequence": sequence, "batch": batch}.items():
         if value < 1:
             raise UsageError(f"{name} is {value}; give at least 1")
     if not 0.0 <= dropout < 1.0:
@@ -194,13 +182,68 @@ class TrainStep:
         self.autocast = case.precision == "autocast"
 
     def __call__(self) -> Tensor:
+        loss = self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def backward(self) -> Tensor:
+        """Forward and backward; the loss."""
         region = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else None
         with region or nullcontext():
             loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def gradients(self) -> list[Tensor]:
+        """Of what is trained, without dropout; nothing is changed by it."""
+        self.prepare(self.model)
+        self.model.eval()
+        self.backward()
+        self.model.train()
+        found = [p.grad.float() for p in self.trained]
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+
+def judge(steps: dict[str, TrainStep], found: dict[str, Measured]) -> None:
+    """Compare every variant's gradients with PEFT's, before any of them trains the model; what is
+    further off than rounding goes is skipped as wrong."""
+    wanted: list[Tensor] = []
+
+    def check(step: TrainStep, entry: Measured) -> None:
+        gradients = step.gradients()
+        if step is steps["peft"]:
+            wanted.extend(gradients)
+            return
+        if not wanted:
+            raise WrongResult("there are no gradients of PEFT's to compare with")
+        apart = _distance(gradients, wanted)
+        if not apart <= WRONG:
+            raise WrongResult(f"gradients are {apart:.3g} off PEFT's, allowed is {WRONG:g}")
+        entry.error = apart
+
+    for name, step in list(steps.items()):
+        _guarded(found[name], lambda step=step, name=name: check(step, found[name]))
+        if found[name].skipped is not None:
+            del steps[name]
+
+
+def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
+    gap = sum(float((f - w).square().sum()) for f, w in zip(found, wanted, strict=True))
+    return (gap / sum(float(w.square().sum()) for w in wanted)) ** 0.5
+
+
+def _guarded(entry: Measured, work: Callable[[], Any]) -> Any:
+    """The result of work; where it fails the variant is skipped with the reason."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        entry.skipped = "out of memory"
+    except Exception as error:
+        traceback.print_exc()
+        entry.skipped = f"failed: {type(error).__name__}: {first_line(error)}"
+    return None
 
 
 class _Clock:
@@ -220,24 +263,19 @@ class _Clock:
 
 def measure(case: Case, device: torch.device, results: Results, seconds: float) -> None:
     """Measure every variant in turn and add the rows."""
-    from fastrank.federated.quiet import quiet
-    from fastrank.patching import patch, unpatch
+    from fastrank.patching import patch
 
     with Report((("variant", 12), ("ms", 9), ("tokens/s", 10), ("peak GB", 8), ("loss", 8))) as out:
         out.line(f"{results.environment['device']}, {case.as_dict()['name']}")
-        with quiet():
-            model = adapted_model(case, device)
-        steps = {"peft": TrainStep(model, case, device, unpatch)}
-        steps["fastrank"] = TrainStep(model, case, device, patch)
-        found = {name: Measured() for name in steps}
-        found["liger+peft"] = _liger(case, device, steps)
-        found["unsloth"] = Measured(skipped=_UNSLOTH)
+        steps, found = variants(case, device)
         out.start(len(found))
+        judge(steps, found)
         losses = {}
         for name, step in list(steps.items()):
-            losses[name] = _look_at(step, found[name], device)
+            look = functools.partial(_look_at, step, found[name], device)
+            losses[name] = _guarded(found[name], look)
             if name == "fastrank" and found[name].skipped is None:
-                _check_fused(patch(model))
+                _check_fused(patch(step.model))
             if found[name].skipped is not None:
                 del steps[name]
         begin = time.perf_counter()
@@ -249,6 +287,21 @@ def measure(case: Case, device: torch.device, results: Results, seconds: float) 
         out.close()
         results.add(rows("train-step", case.as_dict(), "full", found, _PAIRS))
         _say_result(out, found, time.perf_counter() - begin)
+
+
+def variants(case: Case, device: torch.device) -> tuple[dict[str, TrainStep], dict[str, Measured]]:
+    """A step of each variant that runs here, PEFT's first, and what is known of all of them."""
+    from fastrank.federated.quiet import quiet
+    from fastrank.patching import patch, unpatch
+
+    with quiet():
+        model = adapted_model(case, device)
+    steps = {"peft": TrainStep(model, case, device, unpatch)}
+    steps["fastrank"] = TrainStep(model, case, device, patch)
+    found = {name: Measured() for name in steps}
+    found["liger+peft"] = _liger(case, device, steps)
+    found["unsloth"] = Measured(skipped=_UNSLOTH)
+    return steps, found
 
 
 _PAIRS = [("fastrank", "peft"), ("fastrank", "liger+peft"), ("fastrank", "unsloth")]
@@ -304,20 +357,12 @@ def _liger(case: Case, device: torch.device, steps: dict[str, TrainStep]) -> Mea
     return Measured()
 
 
-def _look_at(step: TrainStep, entry: Measured, device: torch.device) -> float | None:
+def _look_at(step: TrainStep, entry: Measured, device: torch.device) -> float:
     """The first step's loss; memory of the second, when the optimizer has its state."""
     step.prepare(step.model)
-    try:
-        loss = float(step())
-        held = [*step.model.parameters(), *step.model.buffers(), step.tokens]
-        entry.memory = measure_memory(step, held, device)
-    except torch.OutOfMemoryError:
-        entry.skipped = "out of memory"
-        return None
-    except Exception as error:
-        traceback.print_exc()
-        entry.skipped = f"failed: {type(error).__name__}: {first_line(error)}"
-        return None
+    loss = float(step())
+    held = [*step.model.parameters(), *step.model.buffers(), step.tokens]
+    entry.memory = measure_memory(step, held, device)
     return loss
 
 

@@ -80,8 +80,17 @@ def merge_adapters(
 ) -> MergeReport:
     """Merge LoRA adapters into one of rank `rank`, the best approximation of their weighted sum.
 
-        report = fastrank.merge_adapters(["en", "de"], [0.7, 0.3], 16, model=peft_model)
-        report = fastrank.merge_adapters(["runs/a/adapter", "runs/b/adapter"], out="merged")
+        >>> from peft import LoraConfig, get_peft_model
+        >>> net = torch.nn.Sequential(torch.nn.Linear(32, 16))
+        >>> config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(net, config, adapter_name="en")
+        >>> model.add_adapter("de", config)
+        >>> report = fastrank.merge_adapters(["en", "de"], [0.7, 0.3], 8, model=model)
+        >>> sorted(model.peft_config), round(report.energy, 4)  # two of rank 4 fit into rank 8
+        (['de', 'en', 'merged'], 1.0)
+
+    From folders to a folder: `fastrank.merge_adapters(["runs/a/adapter", "runs/b/adapter"],
+    out="merged")`.
 
     With a model, the adapters are names in it and the result is a further adapter there, frozen and
     not active, as PEFT leaves it. Without one they are folders of saved adapters, and the result is

@@ -31,10 +31,13 @@ def patch(
 ) -> "PatchReport":
     """Run the LoRA and AdaLoRA linear layers of `model` fused, in place and reversibly.
 
-        model = peft.get_peft_model(base, LoraConfig(...))
-        report = fastrank.patch(model)
-        ...                                  # train, evaluate, save, merge as before
-        report.print()                       # every adapted module: fused, or why not
+        >>> from peft import LoraConfig, get_peft_model
+        >>> net = torch.nn.Sequential(torch.nn.Linear(16, 8))
+        >>> model = get_peft_model(net, LoraConfig(r=4, target_modules=["0"]))
+        >>> report = fastrank.patch(model)
+        >>> model(torch.randn(2, 16)).sum().backward()  # train, evaluate, save, merge as before
+        >>> report  # report.print() shows every adapted module: fused, or why not
+        <PatchReport: 1 of 1 adapted modules fused; calls so far: 1 fused, 0 delegated>
 
     Outputs, gradients, `state_dict`, merging, saving and AdaLoRA's allocation of ranks stay PEFT's.
     Over bitsandbytes' 4-bit and 8-bit bases the base runs its own forward and the branch is fused.
@@ -100,6 +103,13 @@ def _introduce_siblings(modules: list[tuple[str, nn.Module]], share_inputs: bool
 
 def unpatch(model: nn.Module) -> int:
     """Give every layer that `patch` changed its PEFT class back.
+
+        >>> from peft import LoraConfig, get_peft_model
+        >>> net = torch.nn.Sequential(torch.nn.Linear(16, 8))
+        >>> model = get_peft_model(net, LoraConfig(target_modules=["0"]))
+        >>> report = fastrank.patch(model)
+        >>> fastrank.unpatch(model)
+        1
 
     Args:
         model: the model, patched or not.

@@ -134,10 +134,13 @@ def sparsify(
 ) -> SparsifyReport:
     """Train a seeded share of the entries of the model's linear weights, and nothing else.
 
-        report = fastrank.sparsify(model, density=0.01, seed=7)
-        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-        ...                                   # train, evaluate, save as before
-        fastrank.unsparsify(model, fold=True)  # plain layers again, the update in their weights
+        >>> model = torch.nn.Sequential(torch.nn.Linear(256, 128))
+        >>> report = fastrank.sparsify(model, density=0.01, seed=7)
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        328
+        >>> model(torch.randn(4, 256)).sum().backward()  # train, evaluate, save as before
+        >>> fastrank.unsparsify(model, fold=True)  # plain again, the update in their weights
+        1
 
     Every `nn.Linear` (and transformers' Conv1D) becomes a `SparseLinear` in place: the same module,
     with a parameter `values` of one number for each kept entry, fp32 over 16-bit weights. Which

@@ -132,8 +132,8 @@ LAYERS = [
     # modules, what of ours they may import
     (["fastrank.kernels.common"], ["fastrank.kernels.common"]),
     (["fastrank.kernels"], ["fastrank.kernels"]),
-    (["fastrank.errors", "fastrank._version"], []),
-    (["fastrank"], ["fastrank._version"]),
+    (["fastrank.errors", "fastrank._version", "fastrank._lazy"], []),
+    (["fastrank"], ["fastrank._version", "fastrank._lazy"]),
     (
         ["fastrank.layers", "fastrank.patching", "fastrank.merging", "fastrank.sparsifying"],
         [
@@ -145,7 +145,10 @@ LAYERS = [
             "fastrank.sparsifying",
         ],
     ),
-    (["fastrank.data"], ["fastrank.data", "fastrank.errors", "fastrank._version"]),
+    (
+        ["fastrank.data"],
+        ["fastrank.data", "fastrank.errors", "fastrank._version", "fastrank._lazy"],
+    ),
     (
         ["fastrank.federated"],
         [
@@ -158,6 +161,7 @@ LAYERS = [
             "fastrank.errors",
             "fastrank.checkout",
             "fastrank._version",
+            "fastrank._lazy",
         ],
     ),
 ]

@@ -17,9 +17,13 @@ class LowRankLinear(nn.Module):
     B `[out_features, r]` and, with `use_diagonal`, e `[r]` are trained. B starts at zero (e at
     one), so a new layer computes its base. x `[..., in_features]` -> `[..., out_features]`.
 
-        layer = LowRankLinear.from_linear(model.fc, r=8, lora_alpha=16, dropout_p=0.1)
-        layer.active = 4                    # only the first four ranks exist from now on
-        model.fc = layer.merge()            # back to nn.Linear
+        >>> layer = fastrank.LowRankLinear.from_linear(torch.nn.Linear(64, 32), r=8, lora_alpha=16)
+        >>> layer.active = 4  # only the first four ranks exist from now on
+        >>> layer(torch.randn(2, 64)).sum().backward()
+        >>> layer.B.grad[:, 4:].any().item()
+        False
+        >>> layer.merge()
+        Linear(in_features=64, out_features=32, bias=True)
 
     Args:
         in_features: width of x.

@@ -7,6 +7,7 @@ import bench_rows
 import pytest
 import torch
 
+import fastrank.bench
 from fastrank.bench import gpu, gpu_steps, gpu_summary
 from fastrank.bench.results_file import Results, write_json
 
@@ -141,6 +142,12 @@ def test_bad_input(tmp_path, capsys):
         assert "--device cpu" in capsys.readouterr().err
 
 
+def test_every_benchmark_is_a_step():
+    ops = {name for name in fastrank.bench.BENCHES if name != "all"}
+    assert ops <= gpu_steps.STEPS.keys()
+    assert list(gpu_steps.STEPS)[-1] == "summary"
+
+
 def test_list_names_every_step(tmp_path, capsys):
     assert gpu.main(["--list", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -163,7 +170,8 @@ def test_rates_and_summary_of_a_rehearsal(tmp_path):
 
 def test_steps_that_take_long_stop_at_the_deadline(tmp_path):
     setting = gpu_steps.Setting("cpu", 100.0)
-    for name in ("tests", "lowrank-shipped", "lowrank", "rank-sweep", "train-step"):
+    for name in ("tests", "lowrank-shipped", "lowrank", "rank-sweep", "train-step", "grouped",
+                 "packing", "simulate-memory", "simulate-profile"):  # fmt: skip
         assert gpu_steps.STEPS[name](tmp_path, setting, time.monotonic() - 1) is False, name
 
 
@@ -247,7 +255,10 @@ def test_rehearsal_runs_every_step_and_resumes(tmp_path):
         codes.append(gpu.main(["--out", str(tmp_path), "--device", "cpu", "--budget", "45"]))
     assert codes[-1] == 0
     done = statuses(tmp_path)
-    assert done == dict.fromkeys(gpu_steps.STEPS, "done") | {"tune": "skipped"}
+    skipped = {"tune": "skipped", "static": "skipped"}
+    assert done == dict.fromkeys(gpu_steps.STEPS, "done") | skipped
     page = (tmp_path / "README.md").read_text()
-    for heading in ("Machine", "rates", "Tests", "One layer", "roofline", "pruned", "training"):
+    for heading in ("Machine", "rates", "Tests", "One layer", "roofline", "pruned", "training",
+                    "one pass", "SVD", "Sparse updates", "side by side", "memory", "made of",
+                    "Peers"):  # fmt: skip
         assert heading in page

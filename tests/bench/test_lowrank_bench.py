@@ -1,5 +1,6 @@
 """`fastrank bench lowrank` on the small grid: its rows, its errors, its command line."""
 
+import functools
 import json
 import math
 
@@ -9,7 +10,7 @@ import torch
 
 import fastrank.bench
 from fastrank import cli
-from fastrank.bench import grids, harness, lowrank, plan, rank_sweep, timing
+from fastrank.bench import grids, harness, lowrank, plan, rank_sweep, timing, train_step
 from fastrank.bench.cases import Case, Operands, Unavailable
 from fastrank.bench.results_file import Results, check_row
 from fastrank.bench.variants import fastrank as fastrank_variant
@@ -22,7 +23,11 @@ SMALL = Case(32, 24, 40, 4, "float32")
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "quick.json"
-    status = cli.main(["bench", "lowrank", "--quick", "--seconds", "2", "--out", str(path)])
+    few = functools.partial(timing.interleave, max_rounds=6)
+    with pytest.MonkeyPatch.context() as patch:
+        # time enough on the busiest machine, and few rounds on an idle one
+        patch.setattr(timing, "interleave", few)
+        status = cli.main(["bench", "lowrank", "--quick", "--seconds", "600", "--out", str(path)])
     return status, json.loads(path.read_text())
 
 
@@ -30,8 +35,8 @@ def test_quick_grid_has_every_comparison_of_every_case(quick):
     status, content = quick
     assert status == 0
     names = [case.name for case in grids.cases(CPU, quick=True)]
-    assert len(names) == 8
-    assert len(set(names)) == 8
+    assert len(names) == 10
+    assert len(set(names)) == 10
     pairs = [("fastrank", "frozen"), ("fastrank", "peft"), ("peft", "frozen")]
     found = [(r["case"]["name"], r["variant"], r["baseline"]) for r in content["rows"]]
     assert found == [(name, *pair) for name in names for pair in pairs]
@@ -81,7 +86,9 @@ def test_environment(quick):
 
 def test_the_full_grids():
     cpu = grids.cases(CPU, quick=False)
-    assert len(cpu) == len({case.name for case in cpu}) == 144
+    assert len(cpu) == len({case.name for case in cpu}) == 148
+    assert sum(case.precision == "peft" for case in cpu) == 144
+    assert {case.precision for case in cpu[144:]} == {"autocast", "16-bit"}
     assert {case.M for case in cpu} == {128, 1024, 4096}
     assert {(case.K, case.N) for case in cpu} == {(384, 384), (768, 768), (768, 3072), (2048, 2048)}
     gpu = grids.cases(torch.device("cuda"), quick=False)
@@ -93,6 +100,11 @@ def test_the_full_grids():
     assert {(4096, 14336), (14336, 4096)} <= {(case.K, case.N) for case in gpu}
     made = grids.builders(Case(1, 1, 1, 1, "bfloat16", precision="16-bit"), torch.device("cuda"))
     assert {"unsloth-schedule", "lorafusion-schedule"} <= made.keys()
+    compiled = [c for c in gpu if "peft-compiled" in grids.builders(c, torch.device("cuda"))]
+    assert {(c.precision, c.dropout) for c in compiled} == {
+        (precision, p) for precision in ("peft", "autocast", "16-bit") for p in (0.0, 0.1)
+    }
+    assert len(compiled) == 6
 
 
 def measured(builders, results, deadline=math.inf, monkeypatch=None):
@@ -292,6 +304,46 @@ def test_train_step_on_the_tiny_shape(capsys):
     losses = {words[0]: float(words[-1]) for words in table if words[0] in ("peft", "fastrank")}
     # the second one starts where two steps of the first have led
     assert losses["peft"] == pytest.approx(losses["fastrank"], abs=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["autocast", "16-bit", "peft"])
+def test_train_steps_gradients_are_judged(precision):
+    case = train_step.Case("tiny", 4, 16, 2, 0.1, precision)
+    steps, found = train_step.variants(case, CPU)
+    train_step.judge(steps, found)
+    assert 0 < found["fastrank"].error < train_step.WRONG / 2
+    assert steps.keys() == {"peft", "fastrank"}
+    assert steps["fastrank"].model.training
+
+
+@pytest.mark.parametrize("spoiled", ["scale", "a layer", "PEFT"])
+def test_a_wrong_train_step_is_not_timed(spoiled, monkeypatch, capsys):
+    right = train_step.TrainStep.gradients
+
+    def gradients(step):
+        found = right(step)
+        if spoiled == "PEFT":
+            raise RuntimeError("no PEFT today")
+        if step.prepare.__name__ == "patch":
+            wrong = found if spoiled == "scale" else found[:6]
+            for gradient in wrong:
+                gradient *= 2 if spoiled == "scale" else 0
+        return found
+
+    monkeypatch.setattr(train_step.TrainStep, "gradients", gradients)
+    content = fastrank.bench.run("train-step", quick=True, sequence=16, seconds=0.1)
+    by = {row["baseline"]: row for row in content["rows"]}
+    words = "RuntimeError: no PEFT" if spoiled == "PEFT" else "WrongResult: gradients are"
+    assert by["peft"]["skipped"].startswith(f"fastrank: failed: {words}")
+    assert lowrank.failures(content["rows"])
+
+
+def test_train_step_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "steps.json"
+    options = {"quick": True, "sequence": 16, "seconds": 0.1, "out": path}
+    first = fastrank.bench.run("train-step", **options)
+    monkeypatch.setattr(train_step, "measure", None)
+    assert fastrank.bench.run("train-step", **options, resume=True)["rows"] == first["rows"]
 
 
 def test_all_runs_the_others_into_one_file(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import bench_rows
 import pytest
 
 from fastrank import cli
+from fastrank.bench import plot
 from fastrank.bench.results_file import Results
 
 CASE = {"name": "c", "M": 8, "K": 4, "N": 4, "R": 2, "dtype": "float32", "dropout": 0.0}
@@ -59,3 +60,16 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main(["bench", "plot", str(path)]) == 2
     assert "fastrank[plots]" in capsys.readouterr().err
+
+
+def test_committed_results_are_shown_without_naming_them(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    assert cli.main(["bench", "plot"]) == 2
+    assert "give --out DIR" in capsys.readouterr().err
+    every = plot.committed()
+    assert {"lowrank", "svd", "packing", "simulate"} <= {path.stem for path in every}
+    small = [path for path in every if path.stem in ("simulate", "rank-sweep")]
+    monkeypatch.setattr(plot, "committed", lambda: small)
+    assert cli.main(["bench", "plot", "--out", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"simulate-speedup.png", "rank-sweep-ranks.png"}

@@ -1,5 +1,6 @@
 """What a results file holds, when it is written, and which are refused."""
 
+import csv
 import json
 
 import pytest
@@ -14,10 +15,33 @@ def test_rows_are_in_the_file_as_soon_as_they_are_added(tmp_path):
     results = Results(path, ENVIRONMENT)
     assert not path.exists()  # nothing is lost before there is something
     results.add([row()])
-    assert json.loads(path.read_text()) == {"environment": ENVIRONMENT, "rows": [row()]}
+    content = json.loads(path.read_text())
+    assert content.pop("peers")
+    assert content == {"environment": ENVIRONMENT, "rows": [row()]}
     results.add([skipped()])
     assert json.loads(path.read_text())["rows"] == [row(), skipped()]
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path.with_suffix(".csv"), path]
+
+
+def test_the_table_beside_the_file_says_where_every_row_comes_from(tmp_path):
+    rows = [row(case={"name": "a, b", "M": 3}), skipped(), row(extra=5)]
+    Results(tmp_path / "results.json", ENVIRONMENT).add(rows)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [line["case.name"] for line in table] == ["a, b", "other", "case"]
+    assert [line["skipped"] for line in table] == ["", "peft: not installed", ""]
+    assert float(table[0]["median_s"]) == 1.0
+    assert table[0]["baseline_error"] == table[1]["median_s"] == ""
+    assert table[2]["extra"] == "5"
+    for line in table:
+        assert {key: line[f"environment.{key}"] for key in ENVIRONMENT} == {
+            key: str(value) for key, value in ENVIRONMENT.items()
+        }
+
+
+def test_a_table_cannot_be_the_results_file(tmp_path):
+    with pytest.raises(UsageError, match=r"give results\.json"):
+        Results(tmp_path / "results.csv", ENVIRONMENT)
 
 
 def test_resume_takes_up_what_is_there(tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -83,28 +84,30 @@ def test_quick_grid_has_every_comparison_of_every_case(quick):
 
 
 def test_flower_that_is_not_installed_leaves_its_reason(quick):
-    row = by(quick[1]["rows"], "round")["encoder-1x32-4x2x8", "fastrank", "flower-ray"]
-    check_row(row)
-    assert row["skipped"] == "flwr is not installed (pip install 'fastrank[flower]')"
-    if importlib.util.find_spec("flwr") is None:
-        assert simulate_flower.why_not() == row["skipped"]
+    for app in ("flower-ray", "flower-ray-examples"):
+        row = by(quick[1]["rows"], "round")["encoder-1x32-4x2x8", "fastrank", app]
+        check_row(row)
+        assert row["skipped"] == "flwr is not installed (pip install 'fastrank[flower]')"
+        if importlib.util.find_spec("flwr") is None:
+            assert simulate_flower.why_not() == row["skipped"]
 
 
 def test_a_failure_of_flowers_process_is_a_failed_row(monkeypatch, capsys):
-    def broken(case, start, rounds):
+    def broken(case, start, rounds, app):
         raise RuntimeError("no ray today\nsecond line")
 
     monkeypatch.setattr(simulate_flower, "why_not", lambda: None)
     monkeypatch.setattr(simulate_flower, "_by_flower", broken)
     results = Results(None, {"device": "-"})
     simulate_flower.measure(True, results)
-    (row,) = results.rows
-    assert row["skipped"] == "flower-ray: failed: RuntimeError: no ray today"
+    assert [row["skipped"] for row in results.rows] == [
+        f"{app}: failed: RuntimeError: no ray today" for app in simulate_flower.BASELINES
+    ]
 
 
 def test_flower_is_timed_only_where_the_averages_agree(monkeypatch, capsys):
     def scripted(factor):
-        def by_flower(case, start, rounds):
+        def by_flower(case, start, rounds, app):
             ours = simulate_flower._by_fastrank(case, 1)[1]
             moved = {name: start[name] + factor * (ours[name] - start[name]) for name in ours}
             return moved, [2.0] * (rounds - 1)
@@ -115,11 +118,25 @@ def test_flower_is_timed_only_where_the_averages_agree(monkeypatch, capsys):
     monkeypatch.setattr(simulate_flower, "_by_flower", scripted(1.0))
     found, executor = simulate_flower.measure_case(TINY, 3)
     assert executor == "client-parallel"
-    assert found["flower-ray"].timing.median_s == 2.0
+    assert all(found[app].timing.median_s == 2.0 for app in simulate_flower.BASELINES)
     assert found["fastrank"].timing.samples == 2
     monkeypatch.setattr(simulate_flower, "_by_flower", scripted(1.01))
     found, _ = simulate_flower.measure_case(TINY, 3)
-    assert "WrongResult: averages are 0.01 apart" in found["flower-ray"].skipped
+    for app in simulate_flower.BASELINES:
+        assert "WrongResult: averages are 0.01 apart" in found[app].skipped
+
+
+def test_a_model_built_for_a_message_trains_as_the_kept_one(tmp_path):
+    job = Job(TINY, torch.device("cpu"))
+    job.base().save_pretrained(tmp_path)
+    start = job.resident()[1].tensors
+    case = json.dumps(asdict(TINY))
+    built = simulate_flower._built(case, str(tmp_path), 1)
+    assert list(built.batches) == [1]
+    kept = simulate_flower._kept(case).train(1, start)
+    found = built.train(1, start)
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    assert any(not torch.equal(found[name], start[name]) for name in kept)
 
 
 def test_the_gate_passes_every_engine(contest, judge):

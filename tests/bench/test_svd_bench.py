@@ -1,13 +1,16 @@
 """`fastrank bench svd` on small matrices: its rows, and results that are not what they claim."""
 
+import importlib.util
 import json
+import sys
 import time
 
+import numpy
 import pytest
 import torch
 
 from fastrank import cli
-from fastrank.bench import gpu_steps, harness, svd, svd_cases, svd_merge, timing
+from fastrank.bench import gpu_steps, harness, svd, svd_cases, svd_merge, svd_peers, timing
 from fastrank.bench.results_file import check_row
 from fastrank.bench.svd_cases import SvdCase, SvdCell, builders
 from fastrank.bench.svd_merge import BUILDERS, MergeCase, MergeCell
@@ -36,7 +39,7 @@ def test_quick_grid_has_every_comparison_of_every_case(quick):
         assert row["bench"] == "svd"
         assert row["variant"] == "fastrank"
         if "skipped" in row:  # a peer that isn't installed
-            assert row["baseline"] == "sklearn"
+            assert row["baseline"] in svd_peers.ON_CPU
             assert "not installed" in row["skipped"]
             continue
         assert row["speedup"] == pytest.approx(row["baseline_median_s"] / row["median_s"])
@@ -95,6 +98,42 @@ def test_errors_are_shares_of_the_best_energy():
     assert error["torch.linalg.svd"] < 1e-5
     assert error["fastrank"] < 1e-3
     assert 0.02 < error["svd_lowrank"] < 0.3  # the known loss on flat spectra
+
+
+@pytest.mark.parametrize("kind", ["sparse", "factored", "dense"])
+def test_other_libraries_find_the_best_energy(kind):
+    case = SvdCase(kind, 2, 64, 48, 3, 12 if kind == "factored" else 0)
+    cell = SvdCell(case, {"fastrank": svd_cases.fastrank, **svd_peers.ON_CPU}, CPU)
+    cell.prepare()
+    for name in svd_peers.ON_CPU:
+        entry = cell.found[name]
+        if entry.skipped is not None:
+            assert "not installed" in entry.skipped
+            continue
+        assert entry.error < (0.05 if name == "sklearn" else 1e-5)
+        assert entry.memory is None  # torch doesn't see what they allocate
+    assert cell.found["fastrank"].memory.peak_bytes > 0
+
+
+def test_cupys_way_by_numpy_which_has_the_same_functions(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", numpy)
+    numpy_spec = importlib.util.find_spec("numpy")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: numpy_spec)
+    cell = SvdCell(CASE, svd_peers.ON_GPU, CPU)
+    cell.prepare()
+    assert cell.found["cupy"].error < 1e-5
+
+
+def test_what_the_host_waits_for_is_in_no_graph(monkeypatch):
+    monkeypatch.setattr(timing, "captured", lambda step, device: step)
+    cell = SvdCell(CASE, builders(CASE, CPU), CPU)
+    cell.prepare()
+    eager = cell.measure("full", timing.clock_for(CPU), 0.0)
+    graph = cell.measure("full-graph", timing.clock_for(CPU), 0.0)
+    assert eager["torch.linalg.svd"].timing is not None
+    assert graph["torch.linalg.svd"].skipped.startswith("the host waits")
+    assert graph["fastrank"].timing is not None
+    assert cell.steps.keys() == {name for name, e in eager.items() if e.skipped is None}
 
 
 def test_a_merge_of_other_weights_is_not_timed(capsys):
