@@ -269,7 +269,6 @@ def run_seed(
     return {
         "seed": seed,
         "dropout": dropout,
-        "commit": commit()[0],
         "start_sha256": starts["peft"],
         "fused_layers": fused,
         "variants": trained,
@@ -300,13 +299,14 @@ def run(
     """
     task = load_task(settings)
     record = Record(out, asdict(settings), task.facts)
+    loaded = commit()[0]  # later commits are not what this process runs
     wanted = [(seed, 0.0) for seed in seeds if 0.0 in dropouts]
     wanted += [(seeds[0], dropout) for dropout in dropouts if dropout > 0.0]
     for seed, dropout in wanted:
         if not record.has(seed, dropout):
             variants = VARIANTS if seed == seeds[0] else VARIANTS[:2]
             entry = run_seed(task, settings, seed, dropout, variants)
-            record.add(entry)
+            record.add({**entry, "commit": loaded})
             ends = ", ".join(f"{v} {found['accuracy']:.4f}" for v, found in
                              entry["variants"].items())  # fmt: skip
             print(f"seed {seed}, dropout {dropout:g}: {ends}; {entry['seconds']:.0f} s", flush=True)

@@ -106,9 +106,9 @@ def _panel(
     for line in lines:
         parts += _curve(line, place)
     for i, line in enumerate(lines):
-        x, y = left + _WIDTH * (i % 3) / 3, top + _HEIGHT + 34 + 16 * (i // 3)
+        x, y = left + 146 * (i % 3), top + _HEIGHT + 34 + 16 * (i // 3)
         style = f'stroke="{line.colour}" stroke-width="{line.width}" opacity="{line.opacity}"'
-        parts.append(f'<line x1="{x:.1f}" x2="{x + 16:.1f}" y1="{y - 4}" y2="{y - 4}" {style}/>')
+        parts.append(f'<line x1="{x}" x2="{x + 16}" y1="{y - 4}" y2="{y - 4}" {style}/>')
         parts.append(_text(x + 21, y, line.label, "start"))
     return parts
 

@@ -8,11 +8,11 @@ figures are SVG: `python -m fastrank.bench.readme`.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastrank.bench.records import results_files
 from fastrank.bench.results_file import Row, read
 from fastrank.errors import UsageError
 
@@ -69,8 +69,7 @@ def committed() -> list[Path]:
         UsageError: there is none beside this package.
     """
     folder = Path(__file__).resolve().parent / "results"
-    found = [path for name in ("cpu", "gpu") for path in sorted((folder / name).glob("*.json"))]
-    found = [path for path in found if json.loads(path.read_bytes()).get("rows")]
+    found = [path for name in ("cpu", "gpu") for path in results_files(folder / name)]
     if not found:
         raise UsageError(f"{folder} has no results files: run from a checkout, or give files")
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastrank.bench import packing, peer_list, simulate
 from fastrank.bench.generated import table
-from fastrank.bench.records import Record, Run, geometric_mean, ms, speedups
+from fastrank.bench.records import Record, Run, geometric_mean, ms, results_files, speedups
 from fastrank.bench.results_file import Row
 
 # what the layer grid is split by
@@ -36,7 +36,7 @@ def blocks(results: Path) -> dict[str, str]:
     """Every generated part of the page, by its marker's name."""
     cpu = results / "cpu"
     layer, other = Record(cpu / "lowrank.json"), Record(cpu / "lowrank-amd.json")
-    every = [Record(path) for path in sorted(cpu.glob("*.json")) if path.stem != "reliability"]
+    every = [Record(path) for path in results_files(cpu)]
     return {
         "lowrank": layers(layer),
         "lowrank-amd": layers(other),

@@ -83,6 +83,16 @@ class Record:
         )
 
 
+def results_files(folder: Path) -> list[Path]:
+    """The files of a folder that `fastrank bench` wrote, of those that hold anything."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        rows = json.loads(path.read_bytes()).get("rows")
+        if rows and all("bench" in row for row in rows):
+            found.append(path)
+    return found
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     found = list(values)
     return math.exp(sum(map(math.log, found)) / len(found))

@@ -8,9 +8,8 @@ The second answers the i-th prompt by the i-th saved PEFT adapter, all prompts i
 first trains three adapters of ranks 8, 4 and 2 in one batch, each on its own task (counting in
 steps of 1, 2 or 3), saves them as ordinary PEFT checkpoints, and serves them from those.
 
-`ManyLora` is all there is to it: PEFT's layer holds the adapters and knows their scales, and
-`grouped_lowrank_linear` applies each to its own rows of the batch. Adapters may have any ranks and
-miss layers. Rows have to be sorted by adapter.
+PEFT's layers hold the adapters and know their scales; `GroupedLowRankLinear` applies each to its
+own rows of the batch. Adapters may have any ranks and miss layers; rows are sorted by adapter.
 """
 
 import argparse
@@ -23,73 +22,43 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fastrank.kernels.lowrank import grouped_lowrank_linear
+from fastrank.layers import GroupedLowRankLinear, Groups
 
 VOCABULARY = 16
 
 
-class Batch:
-    """What the layers know of the forward that is running: examples of each adapter."""
-
-    sizes: tuple[int, ...] = ()
-
-    def rows(self, x):
-        each = x.shape[:-1].numel() // sum(self.sizes)  # tokens of an example
-        return [size * each for size in self.sizes]
-
-
-class ManyLora(nn.Module):
-    """A PEFT LoRA layer whose adapters answer in one pass, each for its own examples.
-
-    Args:
-        layer: the adapters' layer over an nn.Linear; its parameters are copied.
-        names: the adapters, in the order of the batch.
-        batch: says how many examples each has.
-    """
-
-    def __init__(self, layer: PeftLinear, names: list[str], batch: Batch) -> None:
-        super().__init__()
-        held = [name for name in names if name in layer.lora_A]
-        self.layer, self.batch = layer, batch
-        self.ranks = [layer.r.get(name, 0) for name in names]
-        self.scale = [layer.scaling.get(name, 0.0) for name in names]
-        a = [layer.lora_A[name].weight.detach() for name in held]
-        b = [layer.lora_B[name].weight.detach().T for name in held]  # rank-major
-        self.A, self.B = nn.Parameter(torch.cat(a)), nn.Parameter(torch.cat(b))
-
-    def forward(self, x):
-        base, rows = self.layer.base_layer, self.batch.rows(x)
-        return grouped_lowrank_linear(
-            x, base.weight, base.bias, self.A, self.B, rows=rows, ranks=self.ranks, scale=self.scale
-        )
-
-    @torch.no_grad()
-    def write_back(self, names: list[str]) -> None:
-        """Put what was learnt into PEFT's layer."""
-        parts = zip(names, self.A.split(self.ranks), self.B.split(self.ranks), strict=True)
-        for name, a, b in parts:
-            if name in self.layer.lora_A:
-                self.layer.lora_A[name].weight.copy_(a)
-                self.layer.lora_B[name].weight.copy_(b.T)
-
-
-def put_together(model: PeftModel, names: list[str]) -> tuple[Batch, dict[str, ManyLora]]:
-    """Replace the model's LoRA layers; (the batch they read, the new layers by name)."""
-    batch, found = Batch(), {}
+def put_together(model: PeftModel, names: list[str]) -> tuple[Groups, dict[str, PeftLinear]]:
+    """Replace the model's LoRA layers; (what says whose rows are whose, the old layers by name)."""
+    groups, replaced = Groups(), {}
     for name, module in list(model.named_modules()):
         if isinstance(module, PeftLinear):
             if module.lora_variant or not isinstance(module.base_layer, nn.Linear):
                 raise SystemExit(f"{name}: only plain LoRA over nn.Linear goes together")
-            found[name] = ManyLora(module, names, batch)
-            model.set_submodule(name, found[name])
-    return batch, found
+            layer = GroupedLowRankLinear.from_linear(
+                module.base_layer,
+                ranks=[module.r.get(adapter, 0) for adapter in names],
+                scale=[module.scaling.get(adapter, 0.0) for adapter in names],
+                groups=groups,
+            )
+            for index, adapter in enumerate(names):
+                if adapter in module.lora_A:
+                    factors = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                    layer.load_adapter(index, *factors)
+            replaced[name] = module
+            model.set_submodule(name, layer)
+    return groups, replaced
 
 
-def take_apart(model: PeftModel, layers: dict[str, ManyLora], names: list[str]) -> None:
+def take_apart(model: PeftModel, replaced: dict[str, PeftLinear], names: list[str]) -> None:
     """PEFT's layers again, with what was learnt."""
-    for name, many in layers.items():
-        many.write_back(names)
-        model.set_submodule(name, many.layer)
+    for name, module in replaced.items():
+        layer = model.get_submodule(name)
+        for index, adapter in enumerate(names):
+            if adapter in module.lora_A:
+                A, B, _ = layer.adapter(index)
+                module.lora_A[adapter].weight.data.copy_(A)
+                module.lora_B[adapter].weight.data.copy_(B)
+        model.set_submodule(name, module)
 
 
 def load(base: nn.Module, folders: list[Path]) -> tuple[PeftModel, list[str]]:
@@ -136,9 +105,10 @@ def train(folder: Path, ranks: tuple[int, ...], steps: int) -> tuple[list[Path],
             model = get_peft_model(make_base(), config, adapter_name=name)
         else:
             model.add_adapter(name, config)
-    batch, layers = put_together(model, names)
-    batch.sizes = (8,) * len(names)
-    parameters = [p for many in layers.values() for p in (many.A, many.B)]
+    groups, replaced = put_together(model, names)
+    groups.examples = (8,) * len(names)
+    layers = [model.get_submodule(name) for name in replaced]
+    parameters = [p for layer in layers for p in (layer.A, layer.B)]
     # AdamW works entry by entry, so that one optimizer does for each adapter what its own would
     optimizer = torch.optim.AdamW(parameters, lr=2e-2, weight_decay=0.0)
     history = []
@@ -151,7 +121,7 @@ def train(folder: Path, ranks: tuple[int, ...], steps: int) -> tuple[list[Path],
         history.append(losses.tolist())
         if step % 20 == 0 or step == steps - 1:
             print(f"step {step:3d}  losses " + " ".join(f"{loss:.3f}" for loss in history[-1]))
-    take_apart(model, layers, names)
+    take_apart(model, replaced, names)
     model.save_pretrained(folder)  # folder/adapter0, folder/adapter1, ...
     return [folder / name for name in names], history
 
@@ -160,8 +130,8 @@ def train(folder: Path, ranks: tuple[int, ...], steps: int) -> tuple[list[Path],
 def serve(folders: list[Path]) -> torch.Tensor:
     """Share of right next tokens [adapters, tasks]: each adapter on every task, one pass a task."""
     model, names = load(make_base(), folders)
-    batch, _ = put_together(model, names)
-    batch.sizes = (8,) * len(names)
+    groups, _ = put_together(model, names)
+    groups.examples = (8,) * len(names)
     scores = torch.zeros(len(names), len(names))
     for task in range(len(names)):
         rows = make_batch(len(names)).view(len(names), 8, -1)[task]
@@ -181,8 +151,8 @@ def answer(name: str, folders: list[Path], prompts: list[str]) -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
     model, names = load(base, folders)
-    batch, _ = put_together(model, names)
-    batch.sizes = (1,) * len(names)
+    groups, _ = put_together(model, names)
+    groups.examples = (1,) * len(names)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
     out = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -96,8 +96,8 @@ def test_many_adapters_are_trained_and_served_in_one_pass(monkeypatch, tmp_path,
     tokens = example.make_batch(3)
     model, names = example.load(example.make_base(), result["folders"])
     assert [model.peft_config[name].r for name in names] == [8, 4, 2]
-    batch, layers = example.put_together(model, names)
-    batch.sizes = (8, 8, 8)
+    groups, layers = example.put_together(model, names)
+    groups.examples = (8, 8, 8)
     with torch.no_grad():
         together = model(input_ids=tokens).logits
         for i, folder in enumerate(result["folders"]):

@@ -139,6 +139,7 @@ LAYERS = [
         [
             "fastrank.kernels",
             "fastrank.errors",
+            "fastrank._lazy",
             "fastrank.layers",
             "fastrank.patching",
             "fastrank.merging",

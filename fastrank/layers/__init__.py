@@ -1,34 +1,26 @@
-"""Layers on top of the kernels: for PEFT models, and the same layer for people without PEFT.
+"""Layers on top of the kernels: for PEFT models, and the same layers for people without PEFT.
 
 Each class is loaded when it is first used, so that `LowRankLinear` alone never imports PEFT.
 """
 
-import importlib
-from typing import Any
+from fastrank._lazy import lazy
 
 # public name -> module that defines it
 _LAZY = {
     "FastAdaLoraLinear": "fastrank.layers.adalora",
     "FastLoraLinear": "fastrank.layers.lora",
+    "GroupedLowRankLinear": "fastrank.layers.grouped",
+    "Groups": "fastrank.layers.grouped",
     "LowRankLinear": "fastrank.layers.low_rank",
     "SparseLinear": "fastrank.layers.sparse",
 }
 
+__getattr__, __dir__ = lazy(globals(), _LAZY)
 __all__ = [
     "FastAdaLoraLinear",
     "FastLoraLinear",
+    "GroupedLowRankLinear",
+    "Groups",
     "LowRankLinear",
     "SparseLinear",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fastrank.layers' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])

@@ -39,8 +39,9 @@ to the node's:
 Only strategy, client and records import Flower; everything else runs and is tested without it.
 """
 
-import importlib
 from typing import Any
+
+from fastrank._lazy import lazy
 
 _LAZY = {
     "Strategy": "fastrank.federated.flower.strategy",
@@ -49,18 +50,15 @@ _LAZY = {
 }
 
 __all__ = sorted(_LAZY)
+_load, __dir__ = lazy(globals(), _LAZY)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fastrank.federated.flower' has no attribute {name!r}")
     try:
-        value = getattr(importlib.import_module(_LAZY[name]), name)
+        return _load(name)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "flwr":
             raise
         raise ImportError(
             f"fastrank.federated.flower.{name} needs Flower: pip install 'fastrank[flower]'"
         ) from error
-    globals()[name] = value
-    return value
