@@ -31,7 +31,7 @@ TARGETS: dict[str, tuple[GPUTarget, Gpu]] = {
 
 # Hopper's and older tensor-core products, loads and stores of spilled registers, asynchronous
 # copies to shared memory; AMD's matrix products
-INSTRUCTIONS = ("HGMMA", "HMMA", "LDL", "STL", "LDGSTS", "v_mfma")
+INSTRUCTIONS = ("HGMMA", "HMMA", "DMMA", "LDL", "STL", "LDGSTS", "v_mfma")
 
 
 @dataclass(frozen=True)
