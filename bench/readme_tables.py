@@ -44,6 +44,8 @@ def blocks(results: Path) -> dict[str, str]:
         "train-step": _if_there(cpu / "train-step.json", plain),
         "simulate": clients(Record(cpu / "simulate.json")),
         "flower": flower(Record(cpu / "simulate.json")),
+        "clients-memory": _if_there(cpu / "simulate-memory.json", memory, "simulate --memory"),
+        "clients-profile": _if_there(cpu / "simulate-profile.json", profile, "simulate --profile"),
         "rank-sweep": ranks(Record(cpu / "rank-sweep.json")),
         "svd": svd(Record(cpu / "svd.json")),
         "merge": merge(Record(cpu / "svd.json")),
@@ -81,11 +83,11 @@ def plain(record: Record) -> str:
     return f"{record.origin()}\n\n{table(titles, lines, right=3)}"
 
 
-def _if_there(path: Path, block: Callable[[Record], str]) -> str:
+def _if_there(path: Path, block: Callable[[Record], str], command: str = "") -> str:
     if path.exists():
         return block(Record(path))
-    out = f"bench/results/cpu/{path.name}"
-    return f"Not measured here yet: `fastrank bench {path.stem} --device cpu --out {out}`."
+    command, out = command or path.stem, f"bench/results/cpu/{path.name}"
+    return f"Not measured here yet: `fastrank bench {command} --device cpu --out {out}`."
 
 
 def clients(record: Record) -> str:
@@ -121,6 +123,41 @@ def flower(record: Record) -> str:
     titles = ["case", "against", "Flower on Ray, ms a round", "fastrank, ms a round",
               "Flower / fastrank"]  # fmt: skip
     return table(titles, lines, right=2)
+
+
+def memory(record: Record) -> str:
+    """What more clients in a pass hold at their peak, beside the one base."""
+    lines = [
+        [row["case"]["name"].removeprefix("memory-").rsplit("-", 1)[0],
+         str(row["case"]["clients_in_parallel"]), f"{row['base_bytes'] / 1e6:.1f}",
+         f"{row['peak_bytes'] / 1e6:.1f}", f"{row['baseline_peak_bytes'] / 1e6:.1f}",
+         ms(row["median_s"]), ms(row["baseline_median_s"])]
+        for row in record.rows
+        if "skipped" not in row
+    ]  # fmt: skip
+    titles = ["case", "clients in a pass", "base, MB", "above it, MB", "PEFT above it, MB",
+              "ms a step", "PEFT, ms"]  # fmt: skip
+    return f"{record.origin()}\n\n{table(titles, lines, right=1)}"
+
+
+def profile(record: Record) -> str:
+    """Shares of a step of all clients, by kind of operator."""
+    rows = [row for row in record.rows if "skipped" not in row]
+    kinds = list(dict.fromkeys(row["variant"] for row in rows))
+    lines = []
+    for name in dict.fromkeys(_profiled(row) for row in rows):
+        own = {row["variant"]: row for row in rows if _profiled(row) == name}
+        any_row = next(iter(own.values()))
+        lines.append([
+            name, ms(any_row["unprofiled_s"]), ms(any_row["baseline_median_s"]),
+            *(f"{100 * own[kind]['share']:.0f} %" if kind in own else "" for kind in kinds),
+        ])  # fmt: skip
+    titles = ["case", "ms a step", "under the profiler", *(k.replace("-", " ") for k in kinds)]
+    return f"{record.origin()}\n\n{table(titles, lines, right=1)}"
+
+
+def _profiled(row: Row) -> str:
+    return row["case"]["name"].removeprefix("profile-").removesuffix(f"-{row['variant']}")
 
 
 def ranks(record: Record) -> str:
