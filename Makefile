@@ -45,7 +45,7 @@ methods: $(DEMO)
 	done
 	$(BIN)/python -m fastrank.bench.methods_report
 
-# three processes, because TRITON_INTERPRET acts when a kernel is decorated; all three always run
+# processes of their own, because TRITON_INTERPRET acts when a kernel is decorated; all always run
 test: $(DEV)
 	@BIN=$(BIN) .ci/test
 
