@@ -70,6 +70,11 @@ def load_data(
         group_column,
         image_column,
     )
+    if dataset.startswith("silos:"):
+        raise UsageError(
+            f"{dataset!r} is data that lies on the nodes of a federation, for fastrank.federated."
+            "flower; name a data set that is here"
+        )
     folder = Path(dataset).expanduser()
     if dataset == "embedded":
         if asked != Columns() or test_dataset is not None:

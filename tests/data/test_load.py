@@ -302,3 +302,8 @@ def test_missing_extras_are_named(tmp_path, monkeypatch, module) -> None:
     name = str(tmp_path / "a.parquet") if module == "pyarrow" else "someone/something"
     with pytest.raises(UsageError, match=r"pip install 'fastrank\[data\]'"):
         load_data(name)
+
+
+def test_silos_are_not_asked_of_the_hub() -> None:
+    with pytest.raises(UsageError, match="on the nodes of a federation"):
+        load_data("silos:birds,fish")
