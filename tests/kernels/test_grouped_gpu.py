@@ -4,9 +4,10 @@ bf16 and at larger shapes. The baseline is a loop over groups of what PEFT compu
 
 from dataclasses import dataclass, field
 
+import lowrank_cases
 import pytest
 import torch
-from lowrank_cases import BF16, F32, F64, FP16, assert_as_good_as, bits_equal, errors, peft
+from lowrank_cases import BF16, F64, NAMES, assert_as_good_as, bits_equal, errors, peft
 from torch import Tensor
 
 from fastrank.kernels.common import dropout_keep
@@ -14,23 +15,13 @@ from fastrank.kernels.lowrank import grouped_lowrank_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
 
-# (x and weight, adapters, autocast): PEFT's precision modes
-MODES = {
-    "fp32": (F32, F32, None),
-    "bf16": (BF16, BF16, None),
-    "fp16": (FP16, FP16, None),
-    "bf16-fp32-adapters": (BF16, F32, None),
-    "fp16-fp32-adapters": (FP16, F32, None),
-    "autocast-bf16": (F32, F32, BF16),
-    "autocast-bf16-model": (BF16, F32, BF16),
-}
+MODES = {name: mode for name, mode in lowrank_cases.MODES.items() if name != "fp64"}
 LAYOUTS = {
     "ragged": ((300, 0, 1, 517, 64, 100), (8, 4, 16, 3, 0, 24)),
     "uniform": ((128,) * 8, (8,) * 8),
     "few rows": ((5, 0, 16, 1) * 40, (16, 8, 4, 1) * 40),
     "many ranks": ((700, 333), (200, 70)),
 }
-NAMES = ("x", "weight", "bias", "A", "B", "e")
 
 
 @dataclass

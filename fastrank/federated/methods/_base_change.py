@@ -13,9 +13,9 @@ extra["rounds"] the rounds that changed the base, extra["kept"] those whose fact
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,24 @@ if TYPE_CHECKING:
 
 CATCH_UP = ("charge", "ignore")
 _CHANGE, _UPDATE = "change/", "update/"
-PUBLIC = (_CHANGE,)  # of the server's tensors: what clients form the round's base from
+
+
+class Changes:
+    """What methods that change the base say of it to clients in other processes."""
+
+    public_server: ClassVar[tuple[str, ...]] = (_CHANGE,)
+
+    def public_extra(self, extra: Mapping[str, Any], clients: Sequence[int]) -> dict[str, Any]:
+        return {}  # who took part when is what downlinks are made from
+
+    def replay(
+        self,
+        known: Mapping[str, Tensor],
+        received: Mapping[str, Tensor],
+        since: int,
+        extra: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        return replayed(known, received, since)
 
 
 def with_changes(state: ServerState, shapes: Mapping[str, tuple[int, int]]) -> ServerState:

@@ -17,7 +17,7 @@ Recorded: agg_noise, zero by construction, and residual, what FedIT's would have
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FedExLoRA(FedIT):
+class FedExLoRA(base_change.Changes, FedIT):
     """FedAvg of A and B, the residual in the base.
 
     Attributes:
@@ -54,7 +54,6 @@ class FedExLoRA(FedIT):
     name: ClassVar[str] = "fedex-lora"
     aggregations: ClassVar[tuple[str, ...]] = ("mean", "krum", "multi-krum")
     private_mean: ClassVar[bool] = False
-    public_server: ClassVar[tuple[str, ...]] = base_change.PUBLIC
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,15 +99,3 @@ class FedExLoRA(FedIT):
 
     def without_adapters(self, state: ServerState) -> dict[str, Tensor]:
         return base_change.without(state.tensors)
-
-    def public_extra(self, extra: Mapping[str, Any], clients: Sequence[int]) -> dict[str, Any]:
-        return {}  # who took part when is what downlinks are made from
-
-    def replay(
-        self,
-        known: Mapping[str, Tensor],
-        received: Mapping[str, Tensor],
-        since: int,
-        extra: Mapping[str, Any],
-    ) -> dict[str, Tensor]:
-        return base_change.replayed(known, received, since)

@@ -18,7 +18,7 @@ as parameters the adapters start anew each round).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FLoRA(MixedScales):
+class FLoRA(base_change.Changes, MixedScales):
     """Stacking, merged into the base.
 
     Attributes:
@@ -64,7 +64,6 @@ class FLoRA(MixedScales):
     name: ClassVar[str] = "flora"
     aggregations: ClassVar[tuple[str, ...]] = ("mean", "krum", "multi-krum")
     private_mean: ClassVar[bool] = False
-    public_server: ClassVar[tuple[str, ...]] = base_change.PUBLIC
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,18 +121,6 @@ class FLoRA(MixedScales):
         plan = super().local(state, client_state, client, round)
         rank = self.rank_of(state, client)
         return replace(plan, start=self.fresh(state, rank, round))
-
-    def public_extra(self, extra: Mapping[str, Any], clients: Sequence[int]) -> dict[str, Any]:
-        return {}  # who took part when is what downlinks are made from
-
-    def replay(
-        self,
-        known: Mapping[str, Tensor],
-        received: Mapping[str, Tensor],
-        since: int,
-        extra: Mapping[str, Any],
-    ) -> dict[str, Tensor]:
-        return base_change.replayed(known, received, since)
 
     def fresh(self, state: ServerState, rank: int, round: int) -> dict[str, Tensor]:
         """Adapters of this rank to begin a round with: the seed's A, and B = 0."""
