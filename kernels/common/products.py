@@ -2,7 +2,8 @@
 
 torch.mm and F.linear in fp32 are MKL's, and MKL gives CPUs that aren't Intel's its AVX2 code even
 where they have AVX-512. oneDNN, which PyTorch uses for 16-bit products, gives them AVX-512: twice
-the speed and more on an AMD Zen 5 (bench/results/README.md).
+the speed and more on an AMD Zen 5 (bench/results/README.md). A Zen 4 runs AVX-512 in two halves and
+gains 5 to 10 % by whole products, less than the chunks below cost.
 
 oneDNN adds up the whole of K in one chain, which for K of 2048 doubles the rounding error (5.7e-7
 relative, MKL's 2.5e-7). In chunks of 256, added up, it is 2.9e-7 and still 1.7 times as fast. A
@@ -31,15 +32,20 @@ _LEAST_ROWS, _MANY_ROWS, _LEAST_COLUMNS, _FEW_COLUMNS = 96, 1024, 64, 96
 _CHAIN, _ROWS, _PARTIAL, _COPIED = 256, 512, 1 << 18, 1 << 22
 
 
+# AMD's first CPU family with units of 512 bits: Zen 5
+_AMD_WIDE = 26
+
+
 @functools.cache
-def _vendor() -> str:
-    """Who made the CPU, as Linux names it ("GenuineIntel"); empty where it doesn't say."""
+def _maker() -> tuple[str, int]:
+    """Vendor and family of the CPU, as Linux gives them ("AuthenticAMD", 26), or ("", 0)."""
     try:
         facts = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return ""
-    found = re.search(r"^vendor_id\s*:\s*(\S+)", facts, re.MULTILINE)
-    return found[1] if found else ""
+        return "", 0
+    vendor = re.search(r"^vendor_id\s*:\s*(\S+)", facts, re.MULTILINE)
+    family = re.search(r"^cpu family\s*:\s*(\d+)", facts, re.MULTILINE)
+    return (vendor[1], int(family[1])) if vendor and family else ("", 0)
 
 
 @functools.cache
@@ -50,12 +56,14 @@ def bf16_units() -> bool:
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether large fp32 products go to oneDNN: an AVX-512 CPU that MKL has only AVX2 code for."""
+    """Whether large fp32 products go to oneDNN: wide units of AVX-512 that MKL leaves half idle."""
+    vendor, family = _maker()
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and _vendor() not in ("", "GenuineIntel")
+        and vendor == "AuthenticAMD"
+        and family >= _AMD_WIDE
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 

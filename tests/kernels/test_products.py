@@ -126,3 +126,20 @@ def test_a_layer_of_these_products_is_as_accurate_as_plain_torch(
         ["y", "dx", "dA", "dB"], found, theirs, exact, strict=True
     ):
         assert error(ours, wanted) <= 1.2 * error(plain_torch, wanted), name
+
+
+@pytest.mark.parametrize(
+    ("maker", "wanted"),
+    [
+        (("AuthenticAMD", 26), True),  # Zen 5
+        (("AuthenticAMD", 25), False),  # Zen 4: AVX-512 in two halves, MKL's AVX2 is as fast
+        (("GenuineIntel", 6), False),
+        (("", 0), False),
+    ],
+    ids=str,
+)
+def test_only_wide_units_that_mkl_leaves_idle_get_onednn(monkeypatch, maker, wanted):
+    monkeypatch.setattr(products, "_maker", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.prefers_onednn.__wrapped__() is wanted
