@@ -51,7 +51,13 @@ def _maker() -> tuple[str, int]:
 @functools.cache
 def bf16_units() -> bool:
     """Whether this CPU multiplies bf16 matrices faster than fp32 ones (x86 AMX or AVX512-BF16)."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return bf16_tiles() or torch.cpu._is_avx512_bf16_supported()
+
+
+@functools.cache
+def bf16_tiles() -> bool:
+    """Whether it does so many times faster (AMX) and not just twice."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache

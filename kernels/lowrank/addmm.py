@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from fastrank.kernels.common import products
-from fastrank.kernels.common.products import bf16_units
+from fastrank.kernels.common.products import bf16_tiles, bf16_units
 from fastrank.kernels.common.scratch import BLOCK, row_blocks, scratch, widened
 from fastrank.kernels.lowrank.arguments import Aux, Branch
 from fastrank.kernels.lowrank.compaction import scatter, select
 from fastrank.kernels.lowrank.cpu_dropout import Dropout, Mask, mean_factor
 
 # a result smaller than this, or than this many times its factors, is widened, added to and rounded:
-# splitting the factors costs more (measured, x86 with AMX)
+# splitting the factors costs more (measured, x86 with AMX); without its tiles three bf16 products
+# cost more than one in fp32 and two copies from 33 ranks on (AMD Zen 4, AVX512-BF16)
 _SPLIT_ELEMENTS = 3 << 17
 _SPLIT_RATIO = 4
+_SPLIT_RANKS = 32
 _TALL_ELEMENTS = 1 << 18
 # what addmm adds nothing of
 _NOTHING = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -166,6 +168,7 @@ def _pays_to_split(out: Tensor, P: Tensor, Q: Tensor) -> bool:
         and out.dtype is torch.bfloat16
         and P.dtype is torch.float32
         and bf16_units()
+        and (P.shape[1] <= _SPLIT_RANKS or bf16_tiles())
     )
 
 
