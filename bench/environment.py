@@ -15,6 +15,7 @@ from fastrank.checkout import commit
 from fastrank.errors import UsageError
 
 _PACKAGES = ("torch", "triton", "peft", "transformers")
+_NUMBERS = {"cpu family": "family", "model": "model"}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -57,11 +58,16 @@ def device_name(device: torch.device) -> str:
 
 
 def _cpu_model() -> str:
+    """As Linux names it, with family and model: hosted CPUs of several generations share a name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        facts = {}
+        for line in cpuinfo.read_text().partition("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            facts[key.strip()] = value.strip()
+        if "model name" in facts:
+            numbers = [f"{key} {facts[full]}" for full, key in _NUMBERS.items() if full in facts]
+            return facts["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
     return platform.processor() or platform.machine()
 
 
