@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastrank.kernels.common import choose_backend
-from fastrank.kernels.lowrank import plain, reference, registered  # noqa: F401  (registers ops)
+from fastrank.kernels.lowrank import plain, plain_half, reference
+from fastrank.kernels.lowrank import registered as _registered  # noqa: F401  (registers ops)
 from fastrank.kernels.lowrank.arguments import (
     Aux,
     Branch,
@@ -83,10 +84,12 @@ def lowrank_linear(
         and seed is None is row_ids
         and backend == "auto"
         and precision == "peft"
-        and plain.fits(x, weight, bias, A, B, e, scale, dropout_p)
     ):
         try:
-            return plain.linear(x, weight, bias, A, B, e, scale, dropout_p)
+            if plain.fits(x, weight, bias, A, B, e, scale, dropout_p):
+                return plain.linear(x, weight, bias, A, B, e, scale, dropout_p)
+            if plain_half.fits(x, weight, bias, A, B, e, scale, dropout_p):
+                return plain_half.linear(x, weight, bias, A, B, scale, dropout_p)
         except (IndexError, RuntimeError):
             # arguments that don't go together: say which
             check_tensors(x, A, B, e, weight=weight, bias=bias)
