@@ -35,7 +35,7 @@ demo: $(DEMO)
 
 # JOBS runs at a time, of one thread each
 JOBS ?= 2
-PRESETS := common heterogeneous slora-density sa-schedules fedara-ablation
+PRESETS := common heterogeneous full-gap slora-density sa-schedules fedara-ablation
 
 methods: $(DEMO)
 	for preset in $(PRESETS); do \

@@ -11,6 +11,7 @@ exits with 1 if the page is out of date.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,10 @@ from fastrank.federated.compare.load import FinishedRun, runs_in
 from fastrank.federated.compare.table import Group, group_runs, pairs, shown
 
 RECORDS = Path(__file__).resolve().parent / "results" / "methods"
-PRESETS = ("tuning", "common", "heterogeneous", "slora-density", "sa-schedules", "fedara-ablation")
+PRESETS = (
+    *("tuning", "common", "heterogeneous", "full-gap"),
+    *("slora-density", "sa-schedules", "fedara-ablation"),
+)
 # the order of rows; methods that are not named follow as they come
 ORDER = ("fedara", "slora", "sa-fedlora", "fed-plora", "fedavg", "fedit", "head-only")
 # the rates that were tuned; the head alone has another
@@ -70,16 +74,15 @@ def blocks(records: Path) -> dict[str, str]:
     for alpha in (0.1, 1, 100):
         at = [run for run in found["common"] if run.options["alpha"] == alpha]
         parts[f"common-{alpha:g}".replace(".", "-")] = _accuracies(at)
+    hardest = [run for run in found["common"] if run.options["alpha"] == 0.1]
+    parts["heterogeneous"] = _accuracies(found["heterogeneous"])
+    beside = [run for run in hardest if run.method in ("fedavg", "fedit", "slora")]
+    parts["full-gap"] = _accuracies(found["full-gap"] + beside if found["full-gap"] else [])
+    parts["gaps"] = _gaps(found["common"])
     # what one method's presets leave unchanged is among the common runs
-    for preset in PRESETS[2:]:
+    for preset in PRESETS[4:]:
         methods = {run.method for run in found[preset]}
-        if len(methods) == 1:
-            whole = [
-                r for r in found["common"] if r.method in methods and r.options["alpha"] == 0.1
-            ]
-            parts[preset] = _accuracies(found[preset] + whole)
-        else:
-            parts[preset] = _accuracies(found[preset])
+        parts[preset] = _accuracies(found[preset] + [r for r in hardest if r.method in methods])
     return parts
 
 
@@ -137,6 +140,39 @@ def _accuracies(runs: list[FinishedRun]) -> str:
     # a column in which no row says anything is left out
     kept = [i for i in range(len(titles)) if any(row[i] != "-" for row in rows)]
     return table([titles[i] for i in kept], [[row[i] for i in kept] for row in rows], right=2)
+
+
+def _gaps(runs: list[FinishedRun]) -> str:
+    """Distance to fedavg of equal seeds as the rounds go: means over fifths of those evaluated."""
+    rows: list[list[str]] = []
+    titles: list[str] = []
+    for method in (m for m in ORDER if m != "fedavg"):
+        for alpha in (0.1, 1, 100):
+            at = [run for run in runs if run.options["alpha"] == alpha]
+            whole = {run.seed: _fifths(run) for run in at if run.method == "fedavg"}
+            own = {r.seed: _fifths(r) for r in at if r.method == method and r.seed in whole}
+            if not own:
+                continue
+            titles = list(next(iter(own.values())))
+            gaps = (
+                mean_of(fifths[part] - whole[seed][part] for seed, fifths in own.items())
+                for part in titles
+            )
+            rows.append([f"`{method}`", f"{alpha:g}", *(gap.points(signed=True) for gap in gaps)])
+    return table(["method", "alpha", *titles], rows, right=1) if rows else _NONE
+
+
+def _fifths(run: FinishedRun) -> dict[str, float]:
+    """Mean accuracy of every fifth of the evaluated rounds, on the sample they are judged on."""
+    rows = [row for row in run.rows if row["accuracy"] is not None]
+    parts = min(5, len(rows))
+    cuts = [len(rows) * i // parts for i in range(parts + 1)]
+    return {
+        f"rounds {rows[first]['round']} to {rows[stop - 1]['round']}": statistics.fmean(
+            row["accuracy"] for row in rows[first:stop]
+        )
+        for first, stop in itertools.pairwise(cuts)
+    }
 
 
 def _row(group: Group, whole: dict[str, Group], goal: float) -> list[str]:

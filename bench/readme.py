@@ -41,9 +41,9 @@ def blocks(root: Path) -> dict[str, str]:
 
 def kernels(cpu: Path) -> str:
     """The ops: maths, code, and their best-known speed on CPUs with its conditions."""
-    layer, amd = Record(cpu / "lowrank.json"), Record(cpu / "lowrank-amd.json")
     svd, packing = Record(cpu / "svd.json"), Record(cpu / "packing.json")
-    means = [geometric_mean(speedups(r.layers("peft"))) for r in (layer, amd)]
+    grids = [Record(cpu / f"{name}.json") for name in readme_tables.LAYER_GRIDS]
+    means = sorted(geometric_mean(speedups(r.layers("peft"))) for r in grids)
     whole = svd.one("sparse-24x768-r16", "torch.linalg.svd")
     near = svd.one("sparse-24x768-r16", "svd_lowrank-8")
     mean = packing.one("aggregate-64", "dense")
@@ -53,7 +53,7 @@ def kernels(cpu: Path) -> str:
     lines = [
         ["`lowrank_linear`", "y = xWᵀ + b + s·((D∘x)Aᵀ ∘ e ∘ m)Bᵀ, all gradients",
          folder("lowrank"),
-         f"{means[0]:.2f} and {means[1]:.2f} times PEFT's layer, on two machines (below)"],
+         f"{means[0]:.2f} to {means[-1]:.2f} times PEFT's layer, on three machines (below)"],
         ["`lowrank_add`", "y += s·((D∘x)Aᵀ ∘ e ∘ m)Bᵀ over a base of your own", folder("lowrank"),
          "-"],
         ["`lowrank_linears`", "several such layers of one x (q, k, v; gate, up), x read once for"
@@ -85,27 +85,26 @@ def _grouped(path: Path) -> str:
 
 
 def layers(cpu: Path) -> str:
-    """One layer's step over both grids."""
-    records = [Record(cpu / name) for name in ("lowrank.json", "lowrank-amd.json")]
-    said = []
-    for record in records:
-        rows = record.layers("peft")
-        ratios = speedups(rows)
-        said.append((record.device, geometric_mean(ratios), len(rows), min(ratios), max(ratios)))
-    (first, mean, cells, low, high), (second, mean2, _, low2, high2) = said
-    where = records[0].content["environment"]
+    """One layer's step over the grids."""
+    records = {m: Record(cpu / f"{name}.json") for name, m in readme_tables.LAYER_GRIDS.items()}
+    lines = []
+    for machine, record in records.items():
+        ratios = speedups(record.layers("peft"))
+        lines.append([machine, *(f"{r:.2f}" for r in (geometric_mean(ratios), min(ratios))),
+                      f"{max(ratios):.1f}"])  # fmt: skip
+    first = next(iter(records.values()))
+    where, cells = first.content["environment"], len(first.layers("peft"))
     figure = (
         "![A training step of one layer: PEFT's time over fastrank's, by shape]"
-        "(bench/results/plots/layers.svg)\n\n"
+        "(bench/results/plots/layers.svg)"
     )
-    return figure + _wrapped(
-        f"On two cores of an {first} a patched layer's training step is {mean:.2f} times as fast "
-        f"as stock PEFT's (geometric mean over {cells} shapes, dtypes and dropouts; {low:.2f} to "
-        f"{high:.1f} in single cells), on an {second} {mean2:.2f} times ({low2:.2f} to {high2:.1f};"
-        f" {_LINK}). A step is forward and backward of one linear layer with "
-        f"PEFT's default float32 adapters, no optimizer; dots are means over r 4, 16 and 64; torch "
-        f"{where['torch'].partition('+')[0]}, PEFT {where['peft']}."
+    titles = ["two cores of", "PEFT / fastrank, geometric mean", "lowest cell", "highest"]
+    words = _wrapped(
+        f"A training step (forward and backward) of one linear layer with PEFT's default float32 "
+        f"adapters, no optimizer, over {cells} shapes, dtypes and dropouts ({_LINK}); dots are means "
+        f"over r 4, 16 and 64; torch {where['torch'].partition('+')[0]}, PEFT {where['peft']}."
     )
+    return f"{figure}\n\n{table(titles, lines, right=1)}\n\n{words}"
 
 
 def _wrapped(words: str) -> str:
@@ -115,15 +114,15 @@ def _wrapped(words: str) -> str:
 def layer_panels(cpu: Path) -> dict[str, readme_plots.Panel]:
     """Geometric means over ranks, by machine, shape, dtype and dropout."""
     panels = {}
-    for name in ("lowrank.json", "lowrank-amd.json"):
-        record, panel = Record(cpu / name), {}
+    for name, machine in readme_tables.LAYER_GRIDS.items():
+        record, panel = Record(cpu / f"{name}.json"), {}
         for row in record.layers("peft"):
             case = row["case"]
             shape = f"{case['M']} × {case['K']} → {case['N']}"
             dtype = {"float32": "fp32", "bfloat16": "bf16"}[case["dtype"]]
             series = f"{dtype}, dropout {case['dropout']:g}"
             panel.setdefault(shape, {}).setdefault(series, []).append(row["speedup"])
-        panels[f"{record.device}, {record.threads} threads"] = {
+        panels[f"{machine}, {record.threads} threads"] = {
             shape: {name: geometric_mean(found) for name, found in by.items()}
             for shape, by in panel.items()
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from fastrank.bench.generated import table
 from fastrank.bench.records import Record, Run, geometric_mean, ms, results_files, speedups
 from fastrank.bench.results_file import Row
 
+# records of the layer grid in cpu/, and the machine of each as people know it
+LAYER_GRIDS = {
+    "lowrank": "Intel Xeon with AMX",
+    "lowrank-amd": "AMD EPYC (Zen 5)",
+    "lowrank-zen4": "AMD EPYC (Zen 4)",
+}
 # what the layer grid is split by
 _PARTS: Sequence[tuple[str, Callable[[dict], bool]]] = (
     ("all", lambda c: True),
@@ -35,19 +42,19 @@ _SVD_PEERS = (
 def blocks(results: Path) -> dict[str, str]:
     """Every generated part of the page, by its marker's name."""
     cpu = results / "cpu"
-    layer, other = Record(cpu / "lowrank.json"), Record(cpu / "lowrank-amd.json")
     every = [Record(path) for path in results_files(cpu)]
     return {
-        "lowrank": layers(layer),
-        "lowrank-amd": layers(other),
+        **{name: layers(Record(cpu / f"{name}.json")) for name in LAYER_GRIDS},
         "grouped": _if_there(cpu / "grouped.json", plain),
         "train-step": _if_there(cpu / "train-step.json", plain),
         "simulate": clients(Record(cpu / "simulate.json")),
+        "simulate-zen4": clients(Record(cpu / "simulate-zen4.json")),
         "flower": flower(Record(cpu / "simulate.json")),
         "clients-memory": _if_there(cpu / "simulate-memory.json", memory, "simulate --memory"),
         "clients-profile": _if_there(cpu / "simulate-profile.json", profile, "simulate --profile"),
         "rank-sweep": ranks(Record(cpu / "rank-sweep.json")),
         "svd": svd(Record(cpu / "svd.json")),
+        "svd-zen4": svd(Record(cpu / "svd-zen4.json")),
         "merge": merge(Record(cpu / "svd.json")),
         "packing": packed(Record(cpu / "packing.json")),
         "controls": controls(results / "controls"),
@@ -65,10 +72,30 @@ def layers(record: Record) -> str:
         lines.append([
             name, str(len(ratios)), f"{geometric_mean(ratios):.2f}", f"{min(ratios):.2f}",
             f"{max(ratios):.2f}", f"{1 / geometric_mean(speedups(over_frozen)):.2f}",
+            f"{geometric_mean(_over_products(record, over_peft)):.2f}",
         ])  # fmt: skip
     titles = ["", "cells", "PEFT / fastrank, geometric mean", "lowest", "highest",
-              "fastrank / frozen"]  # fmt: skip
+              "fastrank / frozen", "PEFT / products alone"]  # fmt: skip
     return f"{record.origin()}\n\n{table(titles, lines, right=1)}"
+
+
+def _over_products(record: Record, over_peft: list[Row]) -> list[float]:
+    """PEFT's time over that of the products alone, which no layer of these operands can leave out.
+
+    The frozen layer's own two, and the branch's six at the fp32 rate that the frozen fp32 layer of
+    the same shape has on that machine: PEFT's default adapters are fp32.
+    """
+    frozen = {row["case"]["name"]: row["baseline_median_s"] for row in record.layers("frozen")}
+    rates = {}
+    for row in record.layers("frozen", lambda case: case["dtype"] == "float32"):
+        M, K, N = (row["case"][size] for size in "MKN")
+        rates.setdefault((M, K, N), []).append(4 * M * K * N / row["baseline_median_s"])
+    found = []
+    for row in over_peft:
+        M, K, N, R = (row["case"][size] for size in "MKNR")
+        branch = 6 * M * R * (K + N) / statistics.median(rates[M, K, N])
+        found.append(row["baseline_median_s"] / (frozen[row["case"]["name"]] + branch))
+    return found
 
 
 def plain(record: Record) -> str:
@@ -193,7 +220,8 @@ def svd(record: Record) -> str:
 
 def _svd_peer(row: Row) -> str:
     if "skipped" in row:
-        return "breaks down" if "LinAlgError" in row["skipped"] else row["skipped"]
+        told = any(word in row["skipped"] for word in ("LinAlgError", "break down"))
+        return "breaks down" if told else row["skipped"]
     missing = _missing(row["baseline_error"])
     return f"{ms(row['baseline_median_s'])}: {row['speedup']:.1f} times ({missing})"
 

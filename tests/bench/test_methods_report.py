@@ -17,7 +17,7 @@ PAGE = "\n".join(
     + [
         f"<!-- begin {name} -->\nSTALE\n<!-- end {name} -->"
         for name in ("counts", "tuning", "claims", "options", "common-0-1", "common-1",
-                     "common-100", *methods_report.PRESETS[2:])
+                     "common-100", "gaps", *methods_report.PRESETS[2:])
     ]
 )  # fmt: skip
 
@@ -71,6 +71,17 @@ def test_accuracies_are_paired_by_seed(records):
     assert sa[goal] == "3"
     whole = dict(zip(titles, _cells(block, "`fedavg`"), strict=True))
     assert whole[goal] == "3 (1 of 2)"
+
+
+def test_gaps_to_full_fine_tuning_follow_the_rounds(records):
+    block = methods_report.blocks(records)["gaps"]
+    titles = _cells(block, "method")
+    assert titles[2:] == ["rounds 1 to 1", "rounds 2 to 2", "rounds 3 to 3"]
+    row = dict(zip(titles, _cells(block, "`fedara`"), strict=True))
+    assert row["alpha"] == "0.1"
+    assert row["rounds 1 to 1"] == "+0.0 ± 0.0"
+    assert row["rounds 3 to 3"] == "-9.5 ± 0.7"
+    assert "`fedavg`" not in block
 
 
 def test_verdicts_follow_the_means(records):
