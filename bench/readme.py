@@ -101,8 +101,9 @@ def layers(cpu: Path) -> str:
     titles = ["two cores of", "PEFT / fastrank, geometric mean", "lowest cell", "highest"]
     words = _wrapped(
         f"A training step (forward and backward) of one linear layer with PEFT's default float32 "
-        f"adapters, no optimizer, over {cells} shapes, dtypes and dropouts ({_LINK}); dots are means "
-        f"over r 4, 16 and 64; torch {where['torch'].partition('+')[0]}, PEFT {where['peft']}."
+        f"adapters, no optimizer, over {cells} shapes, dtypes and dropouts ({_LINK}); dots are "
+        f"means over r 4, 16 and 64; torch {where['torch'].partition('+')[0]}, PEFT "
+        f"{where['peft']}."
     )
     return f"{figure}\n\n{table(titles, lines, right=1)}\n\n{words}"
 
