@@ -86,6 +86,27 @@ def blocks(records: Path) -> dict[str, str]:
     return parts
 
 
+def summary(records: Path) -> str:
+    """README's table of methods: accuracy at every alpha, and bytes where it is hardest."""
+    runs = _finished(records / "common")
+    alphas = (0.1, 1, 100)
+    cells: dict[str, dict[float, list[FinishedRun]]] = {}
+    for run in runs:
+        cells.setdefault(run.method, {}).setdefault(run.options["alpha"], []).append(run)
+    whole = _sent(cells["fedavg"][0.1])
+    rows = []
+    for method in _ordered(cells):
+        by_alpha = cells[method]
+        found = [
+            mean_of(r.summary["accuracy"] for r in by_alpha[a]).points() if a in by_alpha else "-"
+            for a in alphas
+        ]
+        sent = _sent(by_alpha[0.1])
+        rows.append([f"`{method}`", *found, f"{sent / 1e6:,.0f}", f"{100 * sent / whole:.3g} %"])
+    titles = ["method", *(f"alpha {a:g}" for a in alphas), "MB", "of fedavg's"]
+    return table(titles, rows, right=1)
+
+
 def _finished(folder: Path) -> list[FinishedRun]:
     try:
         return runs_in(folder / "runs")[0]

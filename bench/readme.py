@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastrank.bench import readme_claims, readme_plots, readme_tables, simulate
+from fastrank.bench import methods_report, readme_claims, readme_plots, readme_tables, simulate
 from fastrank.bench.generated import table, update
 from fastrank.bench.records import Record, Run, geometric_mean, ms, speedups, times
 from fastrank.errors import UsageError
@@ -35,6 +35,7 @@ def blocks(root: Path) -> dict[str, str]:
         "layers": layers(cpu),
         "demo": demo(Run(root / "bench" / "results" / "demo")),
         "clients": clients(Record(cpu / "simulate.json")),
+        "methods": methods_report.summary(root / "bench" / "results" / "methods"),
         "embedded": embedded(root),
     }
 

@@ -22,7 +22,7 @@ def copy(tmp_path):
     results = tmp_path / "bench" / "results"
     for name in ("cpu", "plots"):
         shutil.copytree(ROOT / "bench" / "results" / name, results / name)
-    for name in ("demo", "controls"):
+    for name in ("demo", "controls", "methods"):
         (results / name).symlink_to(ROOT / "bench" / "results" / name)
     shutil.copy(ROOT / "bench" / "results" / "README.md", results)
     return tmp_path
