@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastrank.errors import UsageError
 from fastrank.kernels.lowrank import grouped_lowrank_linear
+from fastrank.layers.frozen_base import FrozenBase
 
 
 class Groups:
@@ -53,7 +54,7 @@ class Groups:
         return [number * (count // examples) for number in self._examples]
 
 
-class GroupedLowRankLinear(nn.Module):
+class GroupedLowRankLinear(FrozenBase):
     """`y = x Wᵀ + bias + scale_g · ((drop(x) A_gᵀ) ⊙ e_g) B_g` for the rows of each adapter g.
 
     One pass of the base for all adapters, whatever their ranks. Factors lie behind each other:
@@ -104,55 +105,32 @@ class GroupedLowRankLinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.ranks = tuple(int(rank) for rank in ranks)
-        scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(self.ranks)
-        if in_features < 1 or out_features < 1 or not self.ranks or min(self.ranks) < 0:
+        sizes = tuple(int(rank) for rank in ranks)
+        scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(sizes)
+        if in_features < 1 or out_features < 1 or not sizes or min(sizes) < 0:
             raise UsageError(
                 f"in_features={in_features}, out_features={out_features}, ranks={list(ranks)}: "
                 "sizes must be positive, and every adapter's rank at least 0"
             )
-        if len(scales) != len(self.ranks) or not all(map(math.isfinite, scales)):
+        if len(scales) != len(sizes) or not all(map(math.isfinite, scales)):
             raise UsageError(
-                f"scale is {scale} for {len(self.ranks)} adapters; pass a finite number for each, "
-                "or one"
+                f"scale is {scale} for {len(sizes)} adapters; pass a finite number for each, or one"
             )
-        if not 0.0 <= dropout_p < 1.0:
-            raise UsageError(f"dropout_p is {dropout_p}; pass a probability in [0, 1)")
-        self.in_features, self.out_features = in_features, out_features
-        self.scale, self.dropout_p, self.backend = tuple(map(float, scales)), dropout_p, backend
-        self.groups = Groups() if groups is None else groups
-        base = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        if adapter_dtype is None:
-            adapter_dtype = torch.promote_types(base["dtype"], torch.float32)
-        side, total = {"device": device, "dtype": adapter_dtype}, sum(self.ranks)
-        weight = torch.empty(out_features, in_features, **base)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, **base), requires_grad=False) if bias else None
+        super().__init__(
+            in_features,
+            out_features,
+            sum(sizes),
+            (sum(sizes), out_features),
+            dropout_p=dropout_p,
+            bias=bias,
+            use_diagonal=use_diagonal,
+            device=device,
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
         )
-        self.A = nn.Parameter(torch.empty(total, in_features, **side))
-        self.B = nn.Parameter(torch.empty(total, out_features, **side))
-        self.e = nn.Parameter(torch.empty(total, **side)) if use_diagonal else None
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw W and bias as `nn.Linear` does, and start all branches anew."""
-        bound = 1.0 / math.sqrt(self.in_features)
-        self.weight.uniform_(-bound, bound)
-        if self.bias is not None:
-            self.bias.uniform_(-bound, bound)
-        self.reset_adapters()
-
-    @torch.no_grad()
-    def reset_adapters(self) -> None:
-        """Draw A as `nn.Linear` draws a weight; B = 0 and e = 1, so the branches add nothing."""
-        bound = 1.0 / math.sqrt(self.in_features)
-        self.A.uniform_(-bound, bound)
-        self.B.zero_()
-        if self.e is not None:
-            self.e.fill_(1.0)
+        self.ranks, self.scale = sizes, tuple(map(float, scales))
+        self.groups = Groups() if groups is None else groups
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, ranks: Sequence[int], **options: Any) -> Self:
@@ -166,25 +144,7 @@ class GroupedLowRankLinear(nn.Module):
         Raises:
             UsageError: `linear` is not a torch.nn.Linear with a floating-point weight.
         """
-        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
-            raise UsageError(
-                f"from_linear got {type(linear).__name__}; "
-                "pass a torch.nn.Linear with a floating-point weight"
-            )
-        weight, bias = linear.weight, linear.bias
-        sizes = linear.in_features, linear.out_features
-        # on meta: a base of its own would be drawn only to be dropped
-        options |= {"bias": bias is not None, "device": "meta", "dtype": weight.dtype}
-        layer = cls(*sizes, ranks, **options)
-        layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        for name in ("A", "B", "e"):
-            if (parameter := getattr(layer, name)) is not None:
-                empty = torch.empty_like(parameter, device=weight.device)
-                setattr(layer, name, nn.Parameter(empty))
-        layer.reset_adapters()
-        return layer.train(linear.training)
+        return cls._around(linear, ranks, options)
 
     def adapter(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """One adapter's A `[r, in_features]`, B `[out_features, r]` and e `[r]`, in its memory.

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from fastrank.errors import UsageError
 from fastrank.kernels.lowrank import lowrank_linear
+from fastrank.layers.frozen_base import FrozenBase
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(FrozenBase):
     """`y = x Wᵀ + bias + (lora_alpha / r) · ((drop(x) Aᵀ) ⊙ e ⊙ active) Bᵀ` in one fused call.
 
     W `[out_features, in_features]` and bias `[out_features]` are frozen; A `[r, in_features]`,
@@ -58,7 +59,6 @@ class LowRankLinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         if in_features < 1 or out_features < 1 or r < 0:
             raise UsageError(
                 f"in_features={in_features}, out_features={out_features}, r={r}: "
@@ -67,43 +67,21 @@ class LowRankLinear(nn.Module):
         alpha = float(r if lora_alpha is None else lora_alpha)
         if r and not (math.isfinite(alpha) and alpha > 0):
             raise UsageError(f"lora_alpha is {lora_alpha}; pass a finite number above 0")
-        if not 0.0 <= dropout_p < 1.0:
-            raise UsageError(f"dropout_p is {dropout_p}; pass a probability in [0, 1)")
-        self.in_features, self.out_features, self.r = in_features, out_features, r
-        self.lora_alpha, self.dropout_p, self.backend = alpha, dropout_p, backend
-        self.scale = alpha / r if r else 0.0
-        base = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        if adapter_dtype is None:
-            adapter_dtype = torch.promote_types(base["dtype"], torch.float32)
-        side = {"device": device, "dtype": adapter_dtype}
-        weight = torch.empty(out_features, in_features, **base)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, **base), requires_grad=False) if bias else None
+        super().__init__(
+            in_features,
+            out_features,
+            r,
+            (out_features, r),
+            dropout_p=dropout_p,
+            bias=bias,
+            use_diagonal=use_diagonal,
+            device=device,
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
         )
-        self.A = nn.Parameter(torch.empty(r, in_features, **side))
-        self.B = nn.Parameter(torch.empty(out_features, r, **side))
-        self.e = nn.Parameter(torch.empty(r, **side)) if use_diagonal else None
+        self.r, self.lora_alpha, self.scale = r, alpha, alpha / r if r else 0.0
         self._active: Tensor | None = None
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw W and bias as `nn.Linear` does, and start the branch anew."""
-        bound = 1.0 / math.sqrt(self.in_features)
-        self.weight.uniform_(-bound, bound)
-        if self.bias is not None:
-            self.bias.uniform_(-bound, bound)
-        self.reset_adapter()
-
-    @torch.no_grad()
-    def reset_adapter(self) -> None:
-        """Draw A as `nn.Linear` draws a weight; B = 0 and e = 1, so the branch adds nothing."""
-        bound = 1.0 / math.sqrt(self.in_features)
-        self.A.uniform_(-bound, bound)
-        self.B.zero_()
-        if self.e is not None:
-            self.e.fill_(1.0)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int, **options: Any) -> Self:
@@ -117,30 +95,7 @@ class LowRankLinear(nn.Module):
         Raises:
             UsageError: `linear` is not a torch.nn.Linear with a floating-point weight.
         """
-        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
-            raise UsageError(
-                f"from_linear got {type(linear).__name__}; "
-                "pass a torch.nn.Linear with a floating-point weight"
-            )
-        weight, bias = linear.weight, linear.bias
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            r,
-            bias=bias is not None,
-            device="meta",  # a base of its own would be drawn only to be dropped
-            dtype=weight.dtype,
-            **options,
-        )
-        layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        for name in ("A", "B", "e"):
-            if (parameter := getattr(layer, name)) is not None:
-                empty = torch.empty_like(parameter, device=weight.device)
-                setattr(layer, name, nn.Parameter(empty))
-        layer.reset_adapter()
-        return layer.train(linear.training)
+        return cls._around(linear, r, options)
 
     @property
     def active(self) -> Tensor | None:
