@@ -17,8 +17,7 @@ from fastrank.errors import UsageError
 from fastrank.federated import attacks, participation, privacy, robust
 from fastrank.federated.clipping import Clip
 from fastrank.federated.cohort import derive_seed, sample_cohort
-from fastrank.federated.exchange import FAILED, Exchange
-from fastrank.federated.executors import ClientError
+from fastrank.federated.exchange import FAILED, ClientError, Exchange
 from fastrank.federated.methods.base import Method, Rule, ServerState, Update
 
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -18,8 +18,18 @@ if TYPE_CHECKING:
     from fastrank.federated.participation import Fate
 
 _log = logging.getLogger("fastrank")
+_P, _T = ParamSpec("_P"), TypeVar("_T")
 
 FAILED = "failed: "  # how the reason begins where a client's own work raised an exception
+
+
+class ClientError(RuntimeError):
+    """A client's local work failed; names the client and the round (counted from 1)."""
+
+    @classmethod
+    def of(cls, clients: Sequence[int], round: int, error: Exception) -> ClientError:
+        who = f"client {clients[0]}" if len(clients) == 1 else f"one of clients {list(clients)}"
+        return cls(f"{who} failed in round {round + 1}: {type(error).__name__}: {error}")
 
 
 @dataclass
@@ -142,15 +152,22 @@ class Exchange:
         start = self.method.origin(self.state, result.client, self.round)
         return self.clip(update, start, self.method.scale_for(self.state, result.client))
 
-    def forgives(self, client: int, error: Exception) -> bool:
-        """Whether a client's exception costs only that client, which is then dropped.
+    def attempt(
+        self, client: int, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _T | None:
+        """work(...); None where it raises and that costs only this client, which is then dropped.
 
-        An option that can't work is no client's fault and is never forgiven.
+        Raises:
+            ClientError: it raised and that ends the run. An option that can't work is no client's
+                fault and always does.
         """
-        if self.on_client_error == "raise" or isinstance(error, UsageError):
-            return False
-        self._drop(client, f"{FAILED}{type(error).__name__}: {error}", error)
-        return True
+        try:
+            return work(*args, **kwargs)
+        except Exception as error:
+            if self.on_client_error == "raise" or isinstance(error, UsageError):
+                raise ClientError.of([client], self.round, error) from error
+            self._drop(client, f"{FAILED}{type(error).__name__}: {error}", error)
+            return None
 
     def skip(self, client: int, reason: str) -> None:
         """Leave a client out of the round before anything is sent to it."""

@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from fastrank.federated.model import ResidentModel
 
 
-class ClientError(RuntimeError):
-    """A client's local work failed; names the client and the round (counted from 1)."""
-
-    @classmethod
-    def of(cls, clients: Sequence[int], round: int, error: Exception) -> ClientError:
-        who = f"client {clients[0]}" if len(clients) == 1 else f"one of clients {list(clients)}"
-        return cls(f"{who} failed in round {round + 1}: {type(error).__name__}: {error}")
-
-
 class Sequential:
     """One client after another on the resident model: the plain engine, and every other's oracle.
 
@@ -72,12 +63,7 @@ class Sequential:
     ) -> Iterator[Update]:
         """Yield the valid updates of the cohort, in its order; ``on_client`` is told of each."""
         for client in cohort:
-            try:
-                update = self._run_one(exchange, client)
-            except Exception as error:
-                if not exchange.forgives(client, error):
-                    raise ClientError.of([client], exchange.round, error) from error
-                update = None
+            update = exchange.attempt(client, self._run_one, exchange, client)
             on_client(client)
             if update is not None:
                 yield update

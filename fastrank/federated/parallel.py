@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastrank.federated.exchange import Exchange
-from fastrank.federated.executors import ClientError, Sequential
+from fastrank.federated.exchange import ClientError, Exchange
+from fastrank.federated.executors import Sequential
 from fastrank.federated.local import LocalOptions, client_batches
 from fastrank.federated.methods.base import LocalResult, Update
 from fastrank.federated.passes import PassCost
@@ -86,12 +86,9 @@ class ClientParallel:
             chunk = waiting[: self.clients_in_parallel]
             waiting = waiting[len(chunk) :]
             for client, result in self._chunk(exchange, chunk):
-                try:
-                    update = None if result is None else exchange.receive(result)
-                except Exception as error:
-                    if not exchange.forgives(client, error):
-                        raise ClientError.of([client], exchange.round, error) from error
-                    update = None
+                update = None
+                if result is not None:
+                    update = exchange.attempt(client, exchange.receive, result)
                 on_client(client)
                 if update is not None:
                     yield update
@@ -112,14 +109,7 @@ class ClientParallel:
         self, exchange: Exchange, clients: Sequence[int]
     ) -> Iterator[tuple[int, LocalResult | None]]:
         """Each client's result, in order; None for one that has no examples or has failed."""
-        jobs = {}
-        for client in clients:
-            try:
-                jobs[client] = self._job(exchange, client)
-            except Exception as error:
-                if not exchange.forgives(client, error):
-                    raise ClientError.of([client], exchange.round, error) from error
-                jobs[client] = None
+        jobs = {client: exchange.attempt(client, self._job, exchange, client) for client in clients}
         found: dict[int, LocalResult | None] = dict.fromkeys(clients)
         for alike in _alike([job for job in jobs.values() if job is not None]):
             reason = self._reason(alike)
@@ -193,12 +183,8 @@ class ClientParallel:
         return done
 
     def _alone(self, job: Job, exchange: Exchange) -> LocalResult | None:
-        try:
-            return self.sequential.train(job.client, job.values, job.plan, exchange.round)
-        except Exception as error:
-            if exchange.forgives(job.client, error):
-                return None
-            raise ClientError.of([job.client], exchange.round, error) from error
+        train = self.sequential.train
+        return exchange.attempt(job.client, train, job.client, job.values, job.plan, exchange.round)
 
 
 def make_executor(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastrank.data import Encoded
+from fastrank.federated import exchange
 from fastrank.federated.executors import Sequential
 from fastrank.federated.methods.base import LocalPlan
 from fastrank.federated.model import ResidentModel
@@ -83,8 +84,7 @@ class Exchange:
         own = self.client_states.get(client)
         return self.method.local(self.state, own, client, self.round)
 
-    def forgives(self, client, error):
-        return False
+    attempt = exchange.Exchange.attempt
 
 
 def lora_exchange(model, *, ranks=None, scales=None, names=None, pace=1.0) -> Exchange:

@@ -12,7 +12,7 @@ from fastrank.errors import UsageError
 from fastrank.federated import Simulation
 from fastrank.federated.conditions import Conditions
 from fastrank.federated.config import resolve
-from fastrank.federated.executors import ClientError
+from fastrank.federated.exchange import ClientError
 from fastrank.federated.local import LocalOptions
 from fastrank.federated.methods import METHODS, FedIT
 from fastrank.federated.parallel import ClientParallel

@@ -15,7 +15,7 @@ from side_by_side import (
     partition,
 )
 
-from fastrank.federated.executors import ClientError
+from fastrank.federated.exchange import ClientError
 from fastrank.federated.local import LocalOptions
 from fastrank.federated.methods._factors import Pair, pair_names
 from fastrank.federated.methods.base import LocalPlan

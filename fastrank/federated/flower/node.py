@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fastrank.errors import UsageError
 from fastrank.federated.config import resolve
-from fastrank.federated.exchange import Exchange
-from fastrank.federated.executors import ClientError
+from fastrank.federated.exchange import ClientError, Exchange
 from fastrank.federated.flower import replica
 from fastrank.federated.flower.agreement import describe, fingerprint
 from fastrank.federated.flower.keep import Keep
