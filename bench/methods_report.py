@@ -152,7 +152,9 @@ def _accuracies(runs: list[FinishedRun]) -> str:
         return _NONE
     groups = group_runs(runs)
     groups.sort(key=lambda g: ORDER.index(g.method) if g.method in ORDER else len(ORDER))
-    whole = {g.method: g for g in groups if g.method in ("fedavg", "fedit")}
+    # the plain configuration, where variants of it stand beside it
+    plain = sorted(groups, key=lambda g: not g.variant)
+    whole = {g.method: g for g in plain if g.method in ("fedavg", "fedit")}
     best = max(mean_of(r.summary["accuracy"] for r in g.runs).value for g in groups)
     rows = [_row(group, whole, 0.9 * best) for group in groups]
     titles = ["method", "seeds", "accuracy %", "last third", "against fedit", "against fedavg",
@@ -211,7 +213,7 @@ def _row(group: Group, whole: dict[str, Group], goal: float) -> list[str]:
     rounds = f"{statistics.fmean(reached):.0f}" if reached else "never"
     if 0 < len(reached) < len(runs):
         rounds += f" ({len(reached)} of {len(runs)})"
-    options = " ".join(pairs(group.options))
+    options = " ".join([*filter(None, [group.variant]), *pairs(group.options)])
     return [
         f"`{group.method}`" + (f" {options}" if options else ""),
         str(len(runs)),

@@ -151,6 +151,21 @@ def test_threads_and_folders_decide_nothing(tmp_path):
     assert len(compare([tmp_path], out=tmp_path / "out")) == 1
 
 
+def test_options_that_came_after_a_run_are_their_defaults(tmp_path):
+    """A record of before `client_sampling` is the same configuration as one of after it."""
+    old, new = (fabricate(tmp_path / n, [0.5], seed=i) for i, n in enumerate(("old", "new")))
+    config = json.loads((old / "config.json").read_text())
+    for name in ("client_sampling", "examples_per_client", "lora_dropout"):
+        del config["options"][name]
+    (old / "config.json").write_text(json.dumps(config))
+    (group,) = group_runs([load_run(old), load_run(new)])
+    assert [run.seed for run in group.runs] == [0, 1]
+    assert group.runs[0].options["client_sampling"] == "fixed"
+    config["options"]["client_sampling"] = "poisson"
+    (old / "config.json").write_text(json.dumps(config))
+    assert len(group_runs([load_run(old), load_run(new)])) == 2
+
+
 def test_each_setting_has_a_target_of_its_own(tmp_path):
     fabricate(tmp_path / "a", [0.5], alpha=1)
     fabricate(tmp_path / "b", [0.8], alpha=10)

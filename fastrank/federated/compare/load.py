@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastrank.errors import UsageError
+from fastrank.federated.config import Config, method_options
+from fastrank.federated.methods import METHODS
 
 _WHOLE = ("round", "clients", "dropped", "bytes_up", "bytes_down", "payload_up", "payload_down",
           "head_up", "head_down", "trainable_params", "peak_memory")  # fmt: skip
@@ -117,7 +121,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     options = config.get("options")
     if not isinstance(options, dict) or not {"method", "seed"} <= set(options):
         raise UsageError(f"{folder / 'config.json'} is not a run's configuration; was it edited?")
-    return config
+    return {**config, "options": {**_defaults(options["method"]), **options}}
+
+
+@functools.cache
+def _defaults(method: str) -> dict[str, Any]:
+    """What a run had of options that came after it: defaults leave everything as it was."""
+    known = [*dataclasses.fields(Config)]
+    if method in METHODS:
+        own = set(method_options(METHODS[method]))
+        known += [f for f in dataclasses.fields(METHODS[method]) if f.name in own]
+    return {f.name: f.default for f in known if f.default is not dataclasses.MISSING}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
