@@ -87,7 +87,7 @@ def blocks(records: Path) -> dict[str, str]:
 
 
 def summary(records: Path) -> str:
-    """README's table of methods: accuracy at every alpha, and bytes where it is hardest."""
+    """README's table: accuracy at every alpha, bytes where it is hardest; cells of three seeds."""
     runs = _finished(records / "common")
     alphas = (0.1, 1, 100)
     cells: dict[str, dict[float, list[FinishedRun]]] = {}
@@ -96,7 +96,9 @@ def summary(records: Path) -> str:
     whole = _sent(cells["fedavg"][0.1])
     rows = []
     for method in _ordered(cells):
-        by_alpha = cells[method]
+        by_alpha = {alpha: found for alpha, found in cells[method].items() if len(found) >= 3}
+        if 0.1 not in by_alpha:
+            continue
         found = [
             mean_of(r.summary["accuracy"] for r in by_alpha[a]).points() if a in by_alpha else "-"
             for a in alphas
