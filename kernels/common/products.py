@@ -104,8 +104,7 @@ def linear(
 
 def mm(P: Tensor, Q: Tensor) -> Tensor:
     """P Q for `[M, K]` and `[K, N]`; not differentiable."""
-    turned = Q.t()
-    return _onednn(P, turned, None) if _suits(P, turned) else torch.mm(P, Q)
+    return _onednn(P, Q.t(), None) if suits(P, Q) else torch.mm(P, Q)
 
 
 def add_mm_(out: Tensor | None, P: Tensor, Q: Tensor, alpha: float = 1.0) -> Tensor:
@@ -120,13 +119,14 @@ def add_mm_(out: Tensor | None, P: Tensor, Q: Tensor, alpha: float = 1.0) -> Ten
 
 def suits(P: Tensor, Q: Tensor) -> bool:
     """Whether `mm` of these takes oneDNN, which has no product that adds in place."""
-    return _suits(P, Q.t())
+    # most calls end here, and a view costs as much as all the other checks
+    return prefers_onednn() and P.shape[0] * Q.numel() >= _LEAST and _suits(P, Q.t())
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.dtype is torch.float32
-        and prefers_onednn()
+        prefers_onednn()
+        and x.dtype is torch.float32
         and x.is_cpu
         and weight.dtype is torch.float32
         and x.shape[1] == weight.shape[1]
