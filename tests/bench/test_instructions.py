@@ -26,7 +26,7 @@ OPS = {
     "lowrank_linear": (7, 27),
     "lowrank_linear, dropout": (8, 32),
     "lowrank_add": (7, None),
-    "grouped_lowrank_linear": (263, 108),
+    "grouped_lowrank_linear": (246, 108),
     "mask positions": (1, None),
     "pack": (10, None),
     "unpack_add_": (11, None),
