@@ -85,3 +85,17 @@ def test_a_wrong_variant_fails_before_it_is_timed(monkeypatch, capsys):
             speed.test_speed(timed, torch.device("cpu"), "grouped", "grouped")
     finally:
         speed._prepared.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("op", "variant", "outcome", "words"),
+    [
+        ("lowrank", "peft-compiled", pytest.skip.Exception, "runs on cuda alone; this is cpu"),
+        ("svd", "sklearn", pytest.fail.Exception, "compared on cpu, and svd left it out"),
+        ("grouped", "loop", pytest.fail.Exception, "compared on cpu, and grouped left it out"),
+    ],
+)
+def test_only_what_another_device_has_may_be_missing(monkeypatch, op, variant, outcome, words):
+    monkeypatch.setattr(speed, "_prepared", lambda op, device: ("case", {}, {}))
+    with pytest.raises(outcome, match=words):
+        speed.test_speed(None, torch.device("cpu"), op, variant)

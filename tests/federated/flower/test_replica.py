@@ -39,7 +39,8 @@ def test_values_are_taken_by_digest_only():
     assert (found.head, found.extra) == (("b",), {"stage": 2})
     wrong = {"tensors:a": torch.zeros(2), "server:s": torch.zeros(3)}
     assert replica.fill(sketched, [payload], [wrong], FedIT())[1] == ["tensors:a"]
-    with pytest.raises(NotImplementedError, match="meta tensor"):  # reading it is torch's error
+    # what stands in for values that never came has none that could be trained on by mistake
+    with pytest.raises(NotImplementedError, match="meta tensor"):
         torch.ones(4, 2).copy_(found.tensors["c"])
 
 
